@@ -1,0 +1,7 @@
+"""Prefix attention: a trained or shared prefix and a sequence, in one softmax, with no copies."""
+
+from prefixattn.api import explain, prefix_attention
+from prefixattn.integrations import attach
+from prefixattn.prefix import Prefix
+
+__all__ = ["Prefix", "attach", "explain", "prefix_attention"]

@@ -1,0 +1,217 @@
+"""The public operation: one softmax over a prefix and a sequence that stay where they are."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prefixattn.choose import choose, explanation
+from prefixattn.ops import attention
+from prefixattn.philox import new_seed
+from prefixattn.problem import Problem
+from prefixattn.rules import check
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    prefix_gate: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    is_causal: bool = False,
+    query_offset: int | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_start: Tensor | None = None,
+    key_length: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    prefix_in_window: Literal["visible", "positions"] = "visible",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    implementation: str = "auto",
+    deterministic: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to a prefix and a sequence in one softmax, without concatenating or copying them.
+
+    Sizes: batch `B`, query heads `H = group * H_kv`, queries `M`, sequence keys `N`, bank entries
+    `R`, prefix tokens `P`, head dims `D` and `D_v`; "rows" are the batch rows, or the segments of a
+    packed batch. Any strides with a contiguous last dimension.
+
+    Args:
+        query: `[B, H, M, D]`, float16, bfloat16, float32 or float64.
+        key: `[B, H_kv, N, D]`, dtype and device as query.
+        value: `[B, H_kv, N, D_v]`.
+        prefix_key: `[R, H_kv, P, D]`. Visible to every query, before and beside causality.
+        prefix_value: `[R, H_kv, P, D_v]`.
+        prefix_index: int `[rows]`, each row's bank entry, -1 for none. None: `R == 1` is shared by
+            all rows, `R == rows` is one each.
+        prefix_lengths: int `[R]`, used tokens of each entry, at most `P`.
+        prefix_gate: float `[H]`, the form of LLaMA-Adapter (Zhang et al., 2023): two softmaxes,
+            `sequence + gate * prefix`; sinks and lse then belong to the sequence half.
+        prefix_bias: additive float, broadcastable to `[B, H, M, P]`.
+        is_causal: query `i` sees the sequence keys at positions up to its own.
+        query_offset: position of query 0 (key `j` is at `j`): an int, or an int tensor `[]` or
+            `[rows]`. None: `N - M`, the last query meets the last key; in each segment if packed.
+        attn_mask: bool (true: attend) or additive float, broadcastable to `[B, H, M, N]`; it
+            concerns the sequence half only.
+        key_start: int `[B]`, first slot in use (left padding).
+        key_length: int `[B]`, one past the last slot in use, counted from slot 0 (right padding,
+            or a cache with room). Slots outside may hold anything.
+        cu_seqlens_q: int `[segments + 1]`, where packed sequences begin and end; then `B == 1`.
+        cu_seqlens_k: int `[segments + 1]`, the same for keys.
+        max_seqlen_q: the longest segment's queries, if known.
+        max_seqlen_k: the longest segment's keys, if known.
+        scale: factor on the scores. None: `D ** -0.5`.
+        window: a query at position `p` sees the keys at positions `> p - window`.
+        prefix_in_window: "visible": the window does not concern the prefix. "positions": token `j`
+            of a prefix of `n` sits at `key_start + j - n`, right before the text.
+        softcap: `softcap * tanh(scores / softcap)`, prefix included.
+        sinks: float `[H]`, a logit per head that enters the denominator once.
+        alibi_slopes: float `[H]`, `-slope * |distance|` is added; for the prefix only under
+            "positions". It has no gradient.
+        dropout_p: probability with which an attention weight is dropped, in `[0, 1)`.
+        return_lse: whether to return the log-sum-exp too.
+        implementation: "auto", or "triton", "cpu", "sdpa", "reference"; by name it never
+            falls back.
+        deterministic: the same bits each run. None: as
+            `torch.are_deterministic_algorithms_enabled()`.
+
+    Returns:
+        The output `[B, H, M, D_v]`, and with `return_lse` also lse `[B, H, M]`: natural log,
+        float32 (float64 for float64 input). A row that sees no key gives zeros and `-inf`.
+        Differentiable in query, key, value, prefix_key, prefix_value, prefix_gate, prefix_bias, a
+        float attn_mask and sinks, through both. Autocast casts the first five to its dtype.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, a device, a number or a combination of arguments is wrong.
+        NotImplementedError: the implementation asked for cannot take this call.
+    """
+    arguments = dict(locals())
+    del arguments["return_lse"], arguments["implementation"]
+    problem = make_problem(**arguments)
+    out, lse = attention(problem, choose(implementation))
+    return (out, lse) if return_lse else out
+
+
+def explain(*args: Any, **kwargs: Any) -> str:
+    """Say in words which implementation `prefix_attention` would run for this call, and why.
+
+    Args:
+        *args: the arguments of `prefix_attention`.
+        **kwargs: the same, by name.
+
+    Returns:
+        One line with the choice, then a line for each implementation.
+
+    Raises:
+        TypeError, ValueError: as `prefix_attention` does.
+    """
+    bound = inspect.signature(prefix_attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = bound.arguments
+    arguments.pop("return_lse")
+    implementation = arguments.pop("implementation")
+    return explanation(make_problem(**arguments), implementation)
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    **options: Any,
+) -> Problem:
+    """The checked problem of a call of `prefix_attention`: defaults filled in, autocast applied.
+
+    Args:
+        query: as there, as are key, value, prefix_key and prefix_value.
+        **options: its other arguments, but for return_lse and implementation.
+
+    Raises:
+        TypeError, ValueError: as `prefix_attention` does.
+    """
+    options = DEFAULTS | options
+    tensors: dict[str, Any] = _autocast(
+        {
+            "query": query,
+            "key": key,
+            "value": value,
+            "prefix_key": prefix_key,
+            "prefix_value": prefix_value,
+        }
+    )
+    _check_numbers(options)
+    offset, width = options.pop("query_offset"), query.shape[-1] if query.ndim else 0
+    by_row = isinstance(offset, Tensor)
+    if options["scale"] is None:
+        options["scale"] = (width or 1) ** -0.5  # `check` refuses a width of 0
+    if options["deterministic"] is None:
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    problem = Problem(
+        **tensors,
+        **options,
+        query_offset=None if by_row else offset,
+        query_offsets=offset if by_row else None,
+        dropout_seed=None,
+    )
+    check(problem)
+    if problem.dropout_p == 0:
+        return problem
+    return replace(problem, dropout_seed=new_seed(query.device))
+
+
+def _check_numbers(options: dict[str, Any]) -> None:
+    for names, types, what in (
+        (("scale", "softcap"), int | float | None, "a number or None"),
+        (("dropout_p",), int | float, "a number"),
+        (("window", "max_seqlen_q", "max_seqlen_k"), int | None, "an int or None"),
+        (("query_offset",), int | Tensor | None, "an int, an int tensor or None"),
+    ):
+        for name in names:
+            option = options[name]
+            if isinstance(option, bool) or not isinstance(option, types):
+                raise TypeError(f"{name}: expected {what}, got {type(option).__name__}")
+    for name in ("is_causal", "deterministic"):
+        option = options[name]
+        if not isinstance(option, bool) and not (option is None and name == "deterministic"):
+            raise TypeError(f"{name}: expected a bool, got {type(option).__name__}")
+
+
+def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in autocast's dtype where it is on, as for `scaled_dot_product_attention`."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    device = tensors["query"].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return {
+        name: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+        for name, x in tensors.items()
+    }
+
+
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(prefix_attention).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+    and name not in ("return_lse", "implementation")
+}

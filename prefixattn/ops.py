@@ -1,0 +1,138 @@
+"""The operators `prefixattn::attention` and `prefixattn::attention_backward`.
+
+One schema for all implementations: the fields of `Problem` and the implementation's name. The
+backward is an operator of its own, so that compilers and DTensor can see and dispatch it. It takes
+the output and `lse` it starts from as arguments, which ring and context parallelism need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from prefixattn.problem import DIFFERENTIABLE, FIELD_NAMES, Problem, schema_arguments
+from prefixattn.rules import check_values
+
+NAMESPACE = "prefixattn"
+MODULES = {"reference": "prefixattn.reference", "sdpa": "prefixattn.sdpa"}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(
+    f"attention({schema_arguments()}, str implementation) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, "
+    f"{schema_arguments()}, str implementation, str[] wanted) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
+    """Run the forward operator.
+
+    Args:
+        problem: a checked problem.
+        implementation: a chosen implementation's name, not "auto".
+
+    Returns:
+        `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable.
+    """
+    return torch.ops.prefixattn.attention(*problem.arguments, implementation)
+
+
+def _module(implementation: str) -> ModuleType:
+    return importlib.import_module(MODULES[implementation])
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, implementation = Problem(*arguments[:-1]), arguments[-1]
+    check_values(problem)
+    out, lse = _module(implementation).forward(problem)
+    declared_out, declared_lse = problem.empty_output()
+    return _laid_out(out, declared_out), _laid_out(lse, declared_lse)
+
+
+def _backward(
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> list[Tensor]:
+    problem, (implementation, wanted) = Problem(*arguments[:-2]), arguments[-2:]
+    if dout is not None and dout.shape[-1] > 1 and dout.stride(-1) != 1:
+        dout = dout.contiguous()  # an expanded gradient, of a sum, say
+    grads = _module(implementation).backward(problem, dout, dlse, out, lse, tuple(wanted))
+    return [
+        _laid_out(grad, torch.empty_like(getattr(problem, name)))
+        for name, grad in zip(wanted, grads, strict=True)
+    ]
+
+
+def _laid_out(tensor: Tensor, declared: Tensor) -> Tensor:
+    """The tensor with the strides that the fake kernel promised to compilers."""
+    return tensor if tensor.stride() == declared.stride() else declared.copy_(tensor)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return Problem(*arguments[:-1]).empty_output()
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    problem, wanted = Problem(*arguments[4:-2]), arguments[-1]
+    return [torch.empty_like(getattr(problem, name)) for name in wanted]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # an unused lse must not receive zeros
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    sources = {True: iter(tensors), False: iter(ctx.others)}
+    inputs = [next(sources[is_tensor]) for is_tensor in ctx.is_tensor]
+    places = [FIELD_NAMES.index(name) for name in DIFFERENTIABLE]
+    wanted = [
+        name for name, at in zip(DIFFERENTIABLE, places, strict=True) if ctx.needs_input_grad[at]
+    ]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    if dout is None and dlse is None:
+        return tuple(grads)
+    found = torch.ops.prefixattn.attention_backward(dout, dlse, out, lse, *inputs, wanted)
+    for name, grad in zip(wanted, found, strict=True):
+        grads[FIELD_NAMES.index(name)] = grad
+    return tuple(grads)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "prefix_attention has no second derivative: its backward cannot be differentiated "
+        "(create_graph=True)"
+    )
+
+
+def _no_vmap(info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
+    raise NotImplementedError(
+        "prefix_attention cannot run under torch.func.vmap: its batch dimension B, with "
+        "prefix_index for different prefixes, does what vmap would"
+    )
+
+
+for _name, _run, _fake in (
+    ("attention", _forward, _fake_forward),
+    ("attention_backward", _backward, _fake_backward),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _no_vmap, lib=_library)
+torch.library.register_autograd(
+    f"{NAMESPACE}::attention", _autograd_backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::attention_backward", _no_double_backward, lib=_library
+)

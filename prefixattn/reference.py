@@ -1,0 +1,221 @@
+"""The reference: what prefix attention means, in plain PyTorch. Every implementation meets it.
+
+It materialises all scores and is meant for truth, not for speed. In float64 it is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from prefixattn.philox import keep_mask, random_words
+from prefixattn.problem import DIFFERENTIABLE, Problem
+
+
+def forward(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, M, D_v]` in the query's dtype and `lse [B, H, M]`.
+
+    Args:
+        problem: a checked problem.
+        dtype: what to compute in; None: float32, or float64 for float64 input.
+    """
+    dtype = dtype or problem.accumulator
+    if not problem.packed:
+        out, lse = _attend(problem, dtype)
+    else:
+        results = [_attend(segment.problem, dtype) for segment in problem.segments()]
+        covered = sum(part.shape[2] for part, _ in results)
+        blank_out, blank_lse = problem.empty_output()  # for queries of no segment
+        results.append((blank_out[:, :, covered:].zero_(), blank_lse[:, :, covered:]))
+        results[-1][1].fill_(-torch.inf)
+        out = torch.cat([part.to(dtype) for part, _ in results], dim=2)
+        lse = torch.cat([part.to(dtype) for _, part in results], dim=2)
+    return out.to(problem.query.dtype), lse.to(problem.accumulator)
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wanted: tuple[str, ...],
+) -> list[Tensor]:
+    """Gradients of the `wanted` arguments, by autograd through `forward`."""
+    leaves = {
+        name: getattr(problem, name).detach().requires_grad_(name in wanted)
+        for name in DIFFERENTIABLE
+        if getattr(problem, name) is not None and getattr(problem, name).is_floating_point()
+    }
+    with _autograd():
+        results = forward(replace(problem, **leaves))
+    inputs = [leaves[name] for name in wanted]
+    pairs = [
+        (result, grad)
+        for result, grad in zip(results, (dout, dlse), strict=True)
+        if grad is not None and result.requires_grad
+    ]
+    if not pairs:  # nothing wanted has a part in the results: an empty bank, say
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outputs, upstream = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if grad is None else grad
+        for leaf, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Record gradients although an operator's implementation runs below autograd."""
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(
+                getattr(torch._C.DispatchKey, key), False
+            )
+        yield
+
+
+def _attend(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The definition, for a dense problem."""
+    start, stop, offset, tokens = _row_numbers(p)
+    query_position = offset[:, None] + torch.arange(p.M, device=p.query.device)  # [B, M]
+
+    prefix_slot = torch.arange(p.P, device=p.query.device)  # [P]
+    prefix_position = start[:, None] + prefix_slot - tokens[:, None]  # [B, P]
+    prefix_used = prefix_slot < tokens[:, None]  # [B, P]
+    prefix_key, prefix_value = (_bank_rows(p, bank) for bank in (p.prefix_key, p.prefix_value))
+    prefix_score = _score(p, prefix_key, prefix_used, dtype)  # [B, H, M, P]
+    prefix_seen = prefix_used[:, None, None]
+    if p.prefix_bias is not None:
+        prefix_score = prefix_score + p.prefix_bias.to(dtype)
+    if p.windowed_prefix:
+        distance = query_position[:, None, :, None] - prefix_position[:, None, None]
+        prefix_score = prefix_score + _alibi(p, distance, dtype)
+        prefix_seen = prefix_seen & _in_window(p, distance)
+
+    slot = torch.arange(p.N, device=p.query.device)  # [N]
+    used = (slot >= start[:, None]) & (slot < stop[:, None])  # [B, N]
+    distance = query_position[:, None, :, None] - slot  # [B, 1, M, N]
+    score = _score(p, p.key, used, dtype) + _alibi(p, distance, dtype)  # [B, H, M, N]
+    seen = used[:, None, None] & _in_window(p, distance)
+    if p.is_causal:
+        seen = seen & (distance >= 0)
+    if p.attn_mask is not None and p.attn_mask.dtype == torch.bool:
+        seen = seen & p.attn_mask
+    elif p.attn_mask is not None:
+        score = score + p.attn_mask.to(dtype)
+
+    halves = [
+        (
+            score.masked_fill(~seen, -torch.inf),
+            _values(p, p.value, used, dtype),
+            _keep(p, p.P, p.N),
+        ),
+    ]
+    prefix_half = (
+        prefix_score.masked_fill(~prefix_seen, -torch.inf),
+        _values(p, prefix_value, prefix_used, dtype),
+        _keep(p, 0, p.P),
+    )
+    if p.prefix_gate is None:
+        return _softmax_sum(p, [prefix_half, *halves], p.sinks)
+    out, lse = _softmax_sum(p, halves, p.sinks)
+    prefix_out, _ = _softmax_sum(p, [prefix_half], None)
+    return out + p.prefix_gate.to(dtype)[:, None, None] * prefix_out, lse
+
+
+def _row_numbers(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row, int64 `[B]`: first key, end of the keys, position of query 0, prefix tokens."""
+
+    def per_row(value: Tensor | int) -> Tensor:
+        return torch.as_tensor(value, device=p.query.device).long().expand(p.B)
+
+    start = per_row(0 if p.key_start is None else p.key_start)
+    stop = per_row(p.N if p.key_length is None else p.key_length)
+    offset = p.query_offsets if p.query_offsets is not None else p.query_offset
+    lengths = p.prefix_lengths
+    if lengths is None:
+        lengths = torch.full((p.R,), p.P, device=p.query.device)
+    if p.prefix_index is None:
+        return start, stop, per_row(p.N - p.M if offset is None else offset), per_row(lengths)
+    tokens = torch.cat([lengths.long(), lengths.new_zeros(1).long()])[p.prefix_index.long()]
+    return start, stop, per_row(p.N - p.M if offset is None else offset), tokens
+
+
+def _bank_rows(p: Problem, bank: Tensor) -> Tensor:
+    """Each row's bank entry, `[B, H_kv, P, *]`; a row with none gets zeros, which nothing sees."""
+    if p.prefix_index is None:
+        return bank.expand(p.B, -1, -1, -1)
+    return torch.cat([bank, bank.new_zeros(1, *bank.shape[1:])])[p.prefix_index.long()]
+
+
+def _score(p: Problem, key: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scaled and soft-capped dot products `[B, H, M, K]`; unused keys may hold anything."""
+    key = torch.where(used[:, None, :, None], key.to(dtype), 0)
+    query = p.query.to(dtype).unflatten(1, (p.H_kv, -1))  # [B, H_kv, group, M, D]
+    score = (query @ key.mT.unsqueeze(2)).flatten(1, 2) * p.scale
+    return score if p.softcap is None else p.softcap * torch.tanh(score / p.softcap)
+
+
+def _values(p: Problem, value: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values `[B, H_kv, K, D_v]` with unused slots zeroed."""
+    return torch.where(used[:, None, :, None], value.to(dtype), 0)
+
+
+def _alibi(p: Problem, distance: Tensor, dtype: torch.dtype) -> Tensor:
+    """Linear biases `-slope * |distance|` (Press et al., "Train Short, Test Long", ICLR 2022)."""
+    if p.alibi_slopes is None:
+        return distance.new_zeros((), dtype=dtype)
+    return -p.alibi_slopes.to(dtype)[:, None, None] * distance.abs()
+
+
+def _in_window(p: Problem, distance: Tensor) -> Tensor:
+    """A query at position `p` sees the keys at positions `> p - window`."""
+    return torch.ones_like(distance, dtype=torch.bool) if p.window is None else distance < p.window
+
+
+def _keep(p: Problem, first_column: int, columns: int) -> Tensor | None:
+    """Which probabilities dropout keeps, `[B, H, M, columns]`; None without dropout."""
+    if p.dropout_seed is None:
+        return None
+    row, head, query, column = (
+        torch.arange(size, device=p.query.device) for size in (p.B, p.H, p.M, columns)
+    )
+    words = random_words(p.dropout_seed, row, head, query, first_column + column)
+    return keep_mask(words, p.dropout_p)
+
+
+def _softmax_sum(
+    p: Problem, halves: list[tuple[Tensor, Tensor, Tensor | None]], sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the scores of all halves, and the values it weighs.
+
+    A row that sees nothing gives zeros and `lse = -inf`. A sink enters the denominator only.
+    """
+    scores = [score for score, _, _ in halves]
+    if sinks is not None:
+        scores.append(sinks.to(scores[0].dtype)[:, None, None].expand(p.B, -1, p.M, 1))
+    lse = _logsumexp(torch.cat(scores, dim=-1))
+    safe_lse = torch.where(lse == -torch.inf, 0, lse)
+    out = lse.new_zeros(p.B, p.H, p.M, p.D_v)
+    for score, value, keep in halves:
+        weight = torch.exp(score - safe_lse[..., None])
+        if keep is not None:
+            weight = torch.where(keep, weight / (1 - p.dropout_p), 0)
+        grouped = weight.unflatten(1, (p.H_kv, -1)) @ value.unsqueeze(2)
+        out = out + grouped.flatten(1, 2)
+    return out, lse
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """`logsumexp` over the last dimension with zero gradients, not NaN, where all is `-inf`."""
+    if scores.shape[-1] == 0:
+        return scores.sum(-1) - torch.inf
+    blind = (scores == -torch.inf).all(-1)
+    filled = scores.masked_fill(blind[..., None], 0)
+    return torch.logsumexp(filled, -1).masked_fill(blind, -torch.inf)
