@@ -1,0 +1,1 @@
+"""Measurements of the operation: `make bench`. Tests never import them."""

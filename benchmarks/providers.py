@@ -1,0 +1,119 @@
+"""What is timed: every way to attend to a prefix and a causal sequence, and the floor without one.
+
+A provider takes the tensors of a `Shape` and returns the output `[B, H, S, D]`. Each is one small
+function, so that what is compared can be read at a glance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from prefixattn import prefix_attention
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows, query and key heads, queries, cached keys, prefix tokens and head dim of one case."""
+
+    B: int
+    H: int
+    H_kv: int
+    M: int
+    C: int
+    P: int
+    D: int
+
+    @property
+    def name(self) -> str:
+        cached = f" C{self.C}" if self.C else ""
+        return f"B{self.B} H{self.H}/{self.H_kv} M{self.M}{cached} P{self.P} D{self.D}"
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """`query [B, H, M, D]`, `key`, `value [B, H_kv, C + M, D]`, prefixes `[1, H_kv, P, D]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        return (self.query, self.key, self.value, self.prefix_key, self.prefix_value)
+
+
+def make_tensors(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Tensors:
+    """Random tensors as a model makes them: `[B, S, H, D]` in memory."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, tokens: int, heads: int) -> Tensor:
+        x = torch.randn(rows, tokens, heads, shape.D, generator=generator).to(dtype)
+        return x.transpose(1, 2).requires_grad_()
+
+    keys = shape.C + shape.M
+    return Tensors(
+        normal(shape.B, shape.M, shape.H),
+        normal(shape.B, keys, shape.H_kv),
+        normal(shape.B, keys, shape.H_kv),
+        normal(1, shape.P, shape.H_kv),
+        normal(1, shape.P, shape.H_kv),
+    )
+
+
+def ours(t: Tensors) -> Tensor:
+    """prefix_attention, implementation="sdpa"."""
+    out = prefix_attention(*t.all, is_causal=True, implementation="sdpa")
+    assert isinstance(out, Tensor)
+    return out
+
+
+def cat_sdpa(t: Tensors) -> Tensor:
+    """One concatenation a call and `causal_lower_right`: the best that plain PyTorch offers."""
+    key, value = _concatenated(t)
+    bias = causal_lower_right(t.query.shape[2], key.shape[2])
+    return scaled_dot_product_attention(t.query, key, value, attn_mask=bias, enable_gqa=True)
+
+
+def transformers_way(t: Tensors) -> Tensor:
+    """What PEFT's users get: expand, concatenate, repeat the key heads, an explicit mask."""
+    key, value = _concatenated(t)
+    group = t.query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    m, n = t.query.shape[2], key.shape[2]
+    mask = torch.ones(m, n, dtype=torch.bool).tril(n - m)[None, None]
+    return scaled_dot_product_attention(t.query, key, value, attn_mask=mask)
+
+
+def no_prefix(t: Tensors) -> Tensor:
+    """The floor: the same attention with no prefix at all."""
+    m, n = t.query.shape[2], t.key.shape[2]
+    bias = None if m == n else causal_lower_right(m, n)
+    return scaled_dot_product_attention(
+        t.query, t.key, t.value, attn_mask=bias, is_causal=m == n, enable_gqa=True
+    )
+
+
+def _concatenated(t: Tensors) -> tuple[Tensor, Tensor]:
+    rows = t.query.shape[0]
+    key, value = (
+        torch.cat([prefix.expand(rows, -1, -1, -1), own], dim=2)
+        for prefix, own in ((t.prefix_key, t.key), (t.prefix_value, t.value))
+    )
+    return key, value
+
+
+PROVIDERS: dict[str, Callable[[Tensors], Tensor]] = {
+    "ours": ours,
+    "cat + sdpa": cat_sdpa,
+    "stock": transformers_way,
+    "no prefix": no_prefix,
+}
+WITHOUT_PREFIX = ("no prefix",)
