@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 ops = torch.ops.aten
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Kernels(ABC):
@@ -158,21 +157,26 @@ class CudaEfficient(Kernels):
         return dq, dk, dv
 
 
-def find_kernels(query: Tensor, heads_kv: int, width_v: int) -> Kernels | None:
+def find_kernels(query: Tensor, key: Tensor, value: Tensor) -> Kernels | None:
     """The kernels for tensors like these, or None where PyTorch has none with a log-sum-exp.
 
     Args:
         query: `[B, H, M, D]`.
-        heads_kv: key/value heads `H_kv`.
-        width_v: the values' head dim `D_v`.
+        key: `[B, H_kv, N, D]`.
+        value: `[B, H_kv, N, D_v]`.
     """
-    heads, width = query.shape[1], query.shape[3]
-    if width != width_v:
+    width = query.shape[-1]
+    if width != value.shape[-1]:
         return None
     if query.device.type == "cpu":
         return CpuFlash()
-    if query.device.type != "cuda" or width % 8 or query.dtype == torch.float64:
+    if query.device.type != "cuda" or width % 8:
         return None
-    if query.dtype in HALF_DTYPES and width <= 256:
+    # PyTorch's own predicates know the chip, the build and what the user switched off.
+    grouped = query.shape[1] != key.shape[1]
+    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, grouped)
+    if torch.backends.cuda.can_use_flash_attention(params):
         return CudaFlash()
-    return CudaEfficient() if heads == heads_kv else None
+    if not grouped and torch.backends.cuda.can_use_efficient_attention(params):
+        return CudaEfficient()
+    return None

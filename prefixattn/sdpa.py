@@ -58,7 +58,7 @@ def backward(
 
 def describe(problem: Problem) -> str:
     """What computes each half of a problem, and why where it is not one of PyTorch's kernels."""
-    kernels = find_kernels(problem.query, problem.H_kv, problem.D_v)
+    kernels = find_kernels(problem.query, problem.key, problem.value)
     if kernels is None:
         return (
             "both halves in blocks of plain PyTorch: no kernel for these head dims, dtype, device"
@@ -89,7 +89,7 @@ def _backward_packed(problem: Problem, up: Upstream, totals: dict[str, Total]) -
 
 def _forward(p: Problem) -> tuple[Tensor, Tensor]:
     """A dense problem's output, in the dtype it came in, and `lse`."""
-    kernels = find_kernels(p.query, p.H_kv, p.D_v)
+    kernels = find_kernels(p.query, p.key, p.value)
     prefix, sequence = plan(p, "prefix", kernels), plan(p, "sequence", kernels)
     if p.prefix_gate is None:
         return _with_sinks(p, *_merge(p, prefix + sequence))
@@ -110,7 +110,7 @@ def _backward(p: Problem, up: Upstream, totals: dict[str, Total]) -> None:
             continue
         # The kernels know neither the gradient of a bias nor of a log-sum-exp.
         beyond = of_half.dlse is not None or names[2] in totals
-        kernels = None if beyond else find_kernels(p.query, p.H_kv, p.D_v)
+        kernels = None if beyond else find_kernels(p.query, p.key, p.value)
         for part in plan(p, half, kernels):
             part.backward(of_half, totals)
     if "sinks" in totals and p.sinks is not None:
@@ -123,7 +123,7 @@ def _split_by_gate(p: Problem, up: Upstream, totals: dict[str, Total]) -> tuple[
     """Each half's own softmax, with the prefix half's output recomputed instead of kept."""
     assert p.prefix_gate is not None
     gate = _per_head(p.prefix_gate, p)
-    prefix_out, prefix_lse = _merge(p, plan(p, "prefix", find_kernels(p.query, p.H_kv, p.D_v)))
+    prefix_out, prefix_lse = _merge(p, plan(p, "prefix", find_kernels(p.query, p.key, p.value)))
     prefix_out = prefix_out.to(p.accumulator)
     dout = up.dout.to(p.accumulator)
     if "prefix_gate" in totals:
@@ -156,13 +156,15 @@ def _merge_part(
     if out is None or lse is None:
         out, lse = _nothing(p)
     out = out.to(p.accumulator)
-    index = (slice(None),) if index is None else index
-    merged = torch.logaddexp(lse[index], part[1])
+    # Views, but for the copies that a tensor of row numbers makes.
+    region_out, region_lse = (out, lse) if index is None else (out[index], lse[index])
+    merged = torch.logaddexp(region_lse, part[1])
     safe = merged.masked_fill(merged == -torch.inf, 0)
-    old_weight, new_weight = torch.exp(lse[index] - safe), torch.exp(part[1] - safe)
-    addend = part[0].to(p.accumulator)
-    out[index] = torch.addcmul(out[index] * old_weight[..., None], addend, new_weight[..., None])
-    lse[index] = merged
+    old_weight, new_weight = torch.exp(region_lse - safe), torch.exp(part[1] - safe)
+    region_out.mul_(old_weight[..., None]).addcmul_(part[0], new_weight[..., None])
+    region_lse.copy_(merged)
+    if index is not None and isinstance(index[0], Tensor):
+        out[index], lse[index] = region_out, region_lse
     return out, lse
 
 

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            reason = f"{item.name} needs a CUDA or ROCm device, and torch finds none here"
+            reason = "needs a CUDA or ROCm device, and torch finds none here"
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -128,10 +128,11 @@ CASES = (
 )
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_sdpa_meets_the_reference(case: Case, dtype: torch.dtype) -> None:
-    inputs = make_inputs(case, dtype)
+def test_sdpa_meets_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = make_inputs(case, dtype, device)
     with_lse_gradient = dtype == torch.float64  # it takes the block path; the next test takes both
     with poisoned_memory():
         got = evaluate(inputs, run_implementation("sdpa"), with_lse_gradient)
