@@ -19,6 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -65,7 +66,8 @@ def main(
     ]
     console.print(_table(rows, dtype))
     console.print(
-        "Medians of interleaved rounds. /cat and /stock: their time over ours, more is better."
+        "Medians of interleaved rounds. floor: no prefix at all. cat: concatenation and SDPA. "
+        "stock: as transformers and PEFT do it. /cat, /stock: their time over ours."
     )
     if out is not None:
         out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
@@ -133,7 +135,8 @@ def machine() -> dict[str, object]:
 
 
 def _table(rows: list[dict[str, object]], dtype: str) -> Table:
-    table = Table(title=f"{dtype}, {torch.get_num_threads()} threads: milliseconds a call")
+    title = f"{dtype}, {torch.get_num_threads()} threads: milliseconds a call"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("shape", "pass", *PROVIDERS, "/cat", "/stock"):
         words = heading in ("shape", "pass")
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
@@ -142,7 +145,7 @@ def _table(rows: list[dict[str, object]], dtype: str) -> Table:
         assert isinstance(times, dict)
         mine, cat, stock, _ = times.values()
         ratios = [f"{peer / mine:.2f}" if mine and peer else "-" for peer in (cat, stock)]
-        cells = ["wrong" if ms is None else f"{ms:.2f}" for ms in times.values()]
+        cells = ["wrong" if ms is None else f"{ms:.3g}" for ms in times.values()]
         table.add_row(str(row["shape"]), str(row["pass"]), *cells, *ratios)
     return table
 

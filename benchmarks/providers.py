@@ -112,8 +112,8 @@ def _concatenated(t: Tensors) -> tuple[Tensor, Tensor]:
 
 PROVIDERS: dict[str, Callable[[Tensors], Tensor]] = {
     "ours": ours,
-    "cat + sdpa": cat_sdpa,
+    "cat": cat_sdpa,
     "stock": transformers_way,
-    "no prefix": no_prefix,
+    "floor": no_prefix,
 }
-WITHOUT_PREFIX = ("no prefix",)
+WITHOUT_PREFIX = ("floor",)

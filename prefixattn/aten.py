@@ -53,7 +53,7 @@ class CpuFlash(Kernels):
 
     name = "CPU flash attention"
     takes_bias = True
-    queries_per_backward = 2048
+    queries_per_backward = 1024
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float

@@ -19,6 +19,9 @@ from prefixattn.aten import Kernels
 from prefixattn.problem import Problem, cut
 
 ALL = slice(None)
+# Fewer queries than this are copied together, so that all rows read a shared prefix once; for
+# more, reading the prefix again for each row costs less than the copy.
+FEW_QUERIES = 64
 Index = tuple[slice | Tensor, ...]
 
 
@@ -89,10 +92,13 @@ class KernelPart:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         q, k, v = self._inputs()
-        folds = q.shape[0] > k.shape[0]
+        folds = q.shape[0] > k.shape[0] and q.shape[2] < FEW_QUERIES
+        if folds:
+            folded = self._fold(q)
+        else:
+            folded, k, v = q, k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
         bias = self._bias()
-        inputs = (self._fold(q) if folds else q, k, v)
-        out, lse = self.kernels.forward(*inputs, bias, self.is_causal, self.problem.scale)
+        out, lse = self.kernels.forward(folded, k, v, bias, self.is_causal, self.problem.scale)
         if folds:
             return self._unfold(out, q), self._unfold(lse[..., None], q)[..., 0]
         if bias is not None:
@@ -101,27 +107,25 @@ class KernelPart:
 
     def backward(self, up: Upstream, totals: dict[str, Total]) -> None:
         q, k, v = self._inputs()
-        lse = self._of_queries(up.lse)
         # Where nothing is seen, +inf makes every probability zero.
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
+        lse = self._of_queries(up.lse)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None].contiguous()
         out, dout = self._of_queries(up.out), self._of_queries(up.dout)
-        if q.shape[0] == k.shape[0]:
+        for rows in self._row_chunks(q, k):
+            parts = [x[rows] for x in (dout, q, out, lse)]
+            folds = parts[0].shape[0] > k.shape[0]
+            if folds:
+                parts = [self._fold(x) for x in parts]
             dq, dk, dv = self.kernels.backward(
-                dout, (q, k, v), (out, lse), self._bias(), self.is_causal, self.problem.scale
-            )
-            self._add(totals, dq, dk, dv, self.index)
-            return
-        for rows in self._row_chunks(q):
-            dq, dk, dv = self.kernels.backward(
-                self._fold(dout[rows]),
-                (self._fold(q[rows]), k, v),
-                (self._fold(out[rows]), self._fold(lse[rows][..., None])[..., 0]),
-                None,
-                False,
+                parts[0],
+                (parts[1], k, v),
+                (parts[2], parts[3][..., 0]),
+                self._bias(),
+                self.is_causal,
                 self.problem.scale,
             )
-            index = (self._rows_of(rows), ALL, self.queries)
-            self._add(totals, self._unfold(dq, q[rows]), dk, dv, index)
+            dq = self._unfold(dq, q[rows]) if folds else dq
+            self._add(totals, dq, dk, dv, (self._rows_of(rows), ALL, self.queries))
 
     def _rows_of(self, chunk: slice) -> slice | Tensor:
         if isinstance(self.rows, Tensor):
@@ -161,10 +165,12 @@ class KernelPart:
         b, h, m, _ = like.shape
         return x[0].unflatten(1, (b, -1, m)).transpose(0, 1).reshape(b, h, m, -1)
 
-    def _row_chunks(self, q: Tensor) -> list[slice]:
+    def _row_chunks(self, q: Tensor, k: Tensor) -> list[slice]:
+        """Rows for one backward call: all, or as many as the kernel can sum over with care."""
         rows, limit = q.shape[0], self.kernels.queries_per_backward
-        folded = self.problem.H // self.problem.H_kv * q.shape[2]
-        step = rows if limit is None else max(1, limit // folded)
+        if rows == k.shape[0] or limit is None:
+            return [slice(0, rows)]
+        step = max(1, limit // (self.problem.H // self.problem.H_kv * q.shape[2]))
         return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
 
     def _bias(self) -> Tensor | None:
