@@ -2,6 +2,6 @@
 
 from prefixattn.api import explain, prefix_attention
 from prefixattn.integrations import attach
-from prefixattn.prefix import Prefix
+from prefixattn.prefix import Prefix, ProjectedPrefix
 
-__all__ = ["Prefix", "attach", "explain", "prefix_attention"]
+__all__ = ["Prefix", "ProjectedPrefix", "attach", "explain", "prefix_attention"]

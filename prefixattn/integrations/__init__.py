@@ -1,0 +1,68 @@
+"""The drop-in: a prefix beside the attention of a live transformers model or PEFT model.
+
+Importing this package imports neither framework.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prefixattn.integrations.handle import Handle
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: "nn.Module",
+    prefix: "nn.Module | None" = None,
+    *,
+    prefix_in_window: Literal["positions", "visible"] = "positions",
+    positions: Literal["shift", "keep"] = "shift",
+    implementation: str = "auto",
+) -> "Handle":
+    """Give ``model`` a prefix, in place; its KV cache goes on holding sequence tokens only.
+
+    The model's classes are left alone: its attention implementation is set to ``"prefixattn"`` and
+    hooks carry the prefix. Everything else (``generate``, ``Trainer``, checkpointing, static
+    caches, ``torch.compile``) is called as before. To learn about the model, one forward of two
+    tokens is run, in evaluation mode and without gradients.
+
+    Args:
+        model: a transformers model whose layers go through transformers' attention interface, or
+            a ``PeftModel`` with a PREFIX_TUNING or CARTRIDGE adapter.
+        prefix: a `Prefix`. It is moved to the model's device and registered as the submodule
+            ``model.prefixattn``, so that optimizers, ``to(device)`` and DDP see it. What is
+            trainable stays so: to train the prefix alone, freeze the model before attaching; and
+            add LoRA before attaching, for PEFT freezes all that it finds. None for a
+            ``PeftModel`` with a prefix of its own.
+        prefix_in_window: on sliding-window layers, ``"positions"``: prefix token ``j`` of ``P``
+            stands ``P - j`` places before the text and leaves the window like text (PEFT);
+            ``"visible"``: every query sees the whole prefix.
+        positions: ``"shift"``: the text begins at position ``P`` (PEFT, Cartridges); ``"keep"``:
+            positions are what they are without a prefix. In a causal model, unless
+            ``position_ids`` are passed, the text begins behind its left padding: it never comes
+            between prefix and text.
+        implementation: of `prefixattn.prefix_attention`.
+
+    Returns:
+        A handle; ``handle.detach()`` leaves the model as it was.
+
+    Raises:
+        ValueError: an argument does not fit the model, or the model is attached to already.
+        NotImplementedError: the model cannot carry a prefix; the message names it and says why.
+            The model is then as it was.
+    """
+    from prefixattn.integrations.carrier import Options
+    from prefixattn.integrations.handle import attach_prefix
+
+    options = Options(prefix_in_window, positions, implementation)
+    return attach_prefix(model, prefix, options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Handle":
+        from prefixattn.integrations.handle import Handle
+
+        return Handle
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

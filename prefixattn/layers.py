@@ -1,0 +1,81 @@
+"""The layers of a prefix: their shapes, their order in one flat tensor, and the rules they keep."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LayerShape(NamedTuple):
+    """What one layer asks of its prefix: ``key [H_kv, P, D]`` and ``value [H_kv, P, D_v]``."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers one prefix token holds in this layer."""
+        return self.num_heads * (self.key_dim + self.value_dim)
+
+
+def split_layers(flat: Tensor, shapes: Sequence[LayerShape]) -> list[tuple[Tensor, Tensor]]:
+    """Views of ``flat [P, sum of widths]`` per layer, each token ``key, value`` layer by layer.
+
+    For equal layers this is PEFT's order, ``flat.view(P, 2 * L, H_kv, D)``.
+    """
+    pairs = []
+    for shape, part in zip(shapes, flat.split([s.width for s in shapes], dim=1), strict=True):
+        sizes = [shape.num_heads * shape.key_dim, shape.num_heads * shape.value_dim]
+        key, value = part.split(sizes, dim=1)
+        pairs.append(
+            (
+                key.view(-1, shape.num_heads, shape.key_dim).transpose(0, 1),  # [H_kv, P, D]
+                value.view(-1, shape.num_heads, shape.value_dim).transpose(0, 1),
+            )
+        )
+    return pairs
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise unless ``count`` is a positive integer; ``name`` is the argument it came in."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name} must be a positive integer, got {count!r}")
+
+
+def check_pairs(keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Hold the tensors of a prefix to the rules of `Prefix`."""
+    if not len(keys):
+        raise ValueError("keys must hold one tensor per layer, got none")
+    if len(keys) != len(values):
+        raise ValueError(f"values must be as many as keys, {len(keys)}, got {len(values)}")
+    num_tokens = None
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        for name, tensor in ((f"keys[{i}]", key), (f"values[{i}]", value)):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {describe(tensor)}")
+            if tensor.ndim != 3 or 0 in tensor.shape:
+                raise ValueError(
+                    f"{name} must be [H_kv, P, D] with no empty dimension, got "
+                    f"{tuple(tensor.shape)}"
+                )
+        num_tokens = key.shape[1] if num_tokens is None else num_tokens
+        if key.shape[1] != num_tokens:
+            raise ValueError(
+                f"keys[{i}] must hold P = {num_tokens} tokens like keys[0], got {key.shape[1]}"
+            )
+        if value.shape[:2] != key.shape[:2]:
+            raise ValueError(
+                f"values[{i}] must begin with the key's [H_kv, P] = {tuple(key.shape[:2])}, got "
+                f"{tuple(value.shape[:2])}"
+            )
+        if (value.dtype, value.device) != (key.dtype, key.device):
+            raise ValueError(
+                f"values[{i}] must be {key.dtype} on {key.device} like keys[{i}], got "
+                f"{value.dtype} on {value.device}"
+            )
+
+
+def describe(thing: object) -> str:
+    """The dtype of a tensor, the type of anything else."""
+    return str(thing.dtype) if isinstance(thing, Tensor) else f"a {type(thing).__name__}"

@@ -1,0 +1,125 @@
+"""Gradient checkpointing of both kinds computes what training without it computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixattn.prefix import Prefix, ProjectedPrefix
+
+
+def gradients(model: Any, prefix: Prefix, **inputs: Any) -> list[Tensor]:
+    """Of the loss on ``inputs`` with respect to the prefix, which must all be there."""
+    prefix.zero_grad()
+    model(**inputs).loss.backward()
+    found = [parameter.grad for parameter in prefix.parameters()]
+    assert all(gradient is not None and gradient.abs().max() > 1e-4 for gradient in found)
+    return [gradient.clone() for gradient in found if gradient is not None]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+@pytest.fixture(params=[False, True], ids=["non-reentrant", "reentrant"])
+def kind(request: pytest.FixtureRequest) -> dict[str, bool]:
+    return {"use_reentrant": request.param}
+
+
+def trained(case: Any) -> dict[str, Tensor]:
+    case.model.requires_grad_(False)
+    return {"input_ids": case.input_ids, "labels": case.input_ids}
+
+
+def test_gradients_equal(promised: Any, attach: Any, kind: dict[str, bool]) -> None:
+    inputs, prefix = trained(promised), promised.prefix()
+    attach(promised.model, prefix)
+    expected = gradients(promised.model.train(), prefix, **inputs)
+    promised.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    assert_equal(gradients(promised.model, prefix, **inputs), expected)
+
+
+def test_enabled_before_attaching(
+    case: Callable[..., Any], attach: Any, kind: dict[str, bool]
+) -> None:
+    llama = case("llama")
+    inputs, prefix = trained(llama), llama.prefix()
+    handle = attach(llama.model, prefix)
+    expected = gradients(llama.model.train(), prefix, **inputs)
+    handle.detach()
+    llama.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    attach(llama.model, prefix)
+    assert_equal(gradients(llama.model, prefix, **inputs), expected)
+
+
+def test_embeddings_as_input(case: Callable[..., Any], attach: Any, kind: dict[str, bool]) -> None:
+    llama = case("llama")
+    inputs, prefix = trained(llama), llama.prefix()
+    inputs["inputs_embeds"] = llama.model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    attach(llama.model, prefix)
+    expected = gradients(llama.model.train(), prefix, **inputs)
+    llama.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    assert_equal(gradients(llama.model, prefix, **inputs), expected)
+    assert not inputs["inputs_embeds"].requires_grad  # the caller's tensor is left alone
+
+
+def test_inputs_that_transformers_leaves_without_a_gradient(
+    case: Callable[..., Any], attach: Any
+) -> None:
+    llama = case("llama")
+    inputs, prefix = trained(llama), llama.prefix()
+    attach(llama.model, prefix)
+    expected = gradients(llama.model.train(), prefix, **inputs)
+    llama.model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": True}
+    )
+    llama.model.disable_input_require_grads()
+    assert_equal(gradients(llama.model, prefix, **inputs), expected)
+
+
+def test_another_forward_before_backward(
+    case: Callable[..., Any], attach: Any, kind: dict[str, bool]
+) -> None:
+    llama = case("llama")
+    inputs, prefix = trained(llama), llama.prefix()
+    attach(llama.model, prefix)
+    expected = gradients(llama.model.train(), prefix, **inputs)
+    llama.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    prefix.zero_grad()
+    loss = llama.model(**inputs).loss
+    with torch.no_grad():
+        llama.model(llama.input_ids.flip(1)[:, :5])
+    loss.backward()
+    assert_equal([parameter.grad for parameter in prefix.parameters()], expected)
+
+
+def test_projection(case: Callable[..., Any], attach: Any) -> None:
+    llama = case("llama")
+    inputs = trained(llama)
+    prefix = ProjectedPrefix.for_model(llama.model, 5, hidden_dim=16)
+    attach(llama.model, prefix)
+    expected = gradients(llama.model.train(), prefix, **inputs)
+    enable = llama.model.activation_checkpointing_enable
+    enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert_equal(gradients(llama.model, prefix, **inputs), expected)
+    enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        llama.model(**inputs)
+    with torch.no_grad():  # nothing is trained here, so nothing is in the way
+        assert llama.model(**inputs).loss.isfinite()
+
+
+def test_a_cache_that_checkpointing_drops_is_an_error(
+    case: Callable[..., Any], attach: Any
+) -> None:
+    llama = case("llama")
+    inputs, prefix = trained(llama), llama.prefix()
+    attach(llama.model, prefix)
+    with torch.no_grad():
+        cache = llama.model(llama.input_ids, use_cache=True).past_key_values
+    llama.model.train().activation_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="drops a cache"):
+        llama.model(**inputs, past_key_values=cache)

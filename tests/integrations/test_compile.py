@@ -1,0 +1,89 @@
+"""torch.compile without graph breaks, and without a graph per length."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.testing import CompileCounter
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_one_graph_for_all_lengths(
+    case: Callable[..., Any], attach: Any, name: str, padding: int
+) -> None:
+    given = case(name)
+    attach(given.model, given.prefix())
+    counter = CompileCounter()
+    compiled = torch.compile(given.model, fullgraph=True, backend=counter)
+    for length in (11, 13, 17, 8):
+        ids = torch.randint(2, 90, (2, length))
+        inputs = {"input_ids": ids, "use_cache": False}
+        if padding:
+            mask = torch.ones_like(ids)
+            mask[0, :padding] = 0
+            inputs["attention_mask"] = mask
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor):
+                torch._dynamo.mark_dynamic(value, 1)
+        got, expected = compiled(**inputs).logits, given.model(**inputs).logits
+        torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_no_mask_where_none_is_needed(case: Callable[..., Any], attach: Any, name: str) -> None:
+    """transformers, while compiling, would take any batch with positions for packed documents."""
+    given = case(name)
+    attach(given.model, given.prefix())
+    masks: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        operator = torch.ops.prefixattn.attention
+        names = [argument.name for argument in operator.default._schema.arguments]
+        for node in graph.graph.nodes:
+            if node.target is operator:
+                masks.append(node.args[names.index("attn_mask")])
+        return graph.forward
+
+    compiled = torch.compile(given.model, fullgraph=True, backend=backend)
+    given.assert_close(compiled(given.input_ids, use_cache=False).logits)
+    assert masks == [None, None]
+
+
+def test_training(case: Callable[..., Any], attach: Any) -> None:
+    llama = case("llama")
+    llama.model.requires_grad_(False)
+    prefix = llama.prefix()
+    attach(llama.model, prefix)
+    gradients = []
+    for model in (llama.model, torch.compile(llama.model, fullgraph=True, backend="aot_eager")):
+        prefix.zero_grad()
+        model(llama.input_ids, labels=llama.input_ids, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in prefix.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_decoding_from_a_static_cache(case: Callable[..., Any], attach: Any) -> None:
+    llama = case("llama")
+    attach(llama.model, llama.prefix())
+    counter = CompileCounter()
+    compiled = torch.compile(llama.model, fullgraph=True, backend=counter)
+    cache = transformers.StaticCache(config=llama.model.config, max_cache_len=32)
+    parts = [llama.model(llama.input_ids[:, :5], past_key_values=cache).logits]
+    for i in range(5, llama.input_ids.shape[1]):
+        parts.append(compiled(llama.input_ids[:, i : i + 1], past_key_values=cache).logits)
+    llama.assert_close(torch.cat(parts, dim=1))
+    assert counter.frame_count == 1
