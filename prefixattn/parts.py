@@ -8,7 +8,6 @@ kernel can express. `plan` decides which; reading per-row numbers for it waits f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,58 +15,13 @@ from torch import Tensor
 
 from prefixattn import blocks
 from prefixattn.aten import Kernels
+from prefixattn.gradients import Index, Total, Upstream
 from prefixattn.problem import Problem, cut
 
 ALL = slice(None)
 # Fewer queries than this are copied together, so that all rows read a shared prefix once; for
 # more, reading the prefix again for each row costs less than the copy.
 FEW_QUERIES = 64
-Index = tuple[slice | Tensor, ...]
-
-
-@dataclass
-class Total:
-    """A gradient that grows part by part, in the accumulating dtype; None until something came."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    value: Tensor | None = None
-
-    def add(self, grad: Tensor, index: Index | None = None) -> None:
-        """Add to the part at `index` (None: to all of it)."""
-        if index is None and self.value is None:
-            self.value = grad
-            return
-        value = self.dense()
-        if index is None:
-            value.add_(grad)
-        else:
-            value[index] += grad
-
-    def dense(self) -> Tensor:
-        """The sum so far as a writable tensor of the accumulating dtype."""
-        if self.value is None:
-            self.value = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        elif self.value.dtype != self.dtype:
-            self.value = self.value.to(self.dtype)
-        return self.value
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """What a softmax's backward starts from: `dout, out [B, H, M, D_v]`, `lse, dlse [B, H, M]`."""
-
-    dout: Tensor
-    out: Tensor
-    lse: Tensor
-    dlse: Tensor | None
-
-    @cached_property
-    def delta(self) -> Tensor:
-        """`sum(dout * out) - dlse`, `[B, H, M]`: what the score gradient subtracts."""
-        delta = (self.dout.to(self.lse.dtype) * self.out.to(self.lse.dtype)).sum(-1)
-        return delta if self.dlse is None else delta - self.dlse
 
 
 @dataclass(frozen=True)
@@ -336,12 +290,17 @@ def _window_bites(p: Problem, half: str) -> bool:
 
 def _sequence_parts(p: Problem, kernels: Kernels) -> list[Part]:
     """Per row (once when all agree): a rectangle of past keys, a triangle, the queries after it."""
-    numbers = row_numbers(p)
-    per_row = list(zip(*(x.tolist() for x in numbers[:3]), strict=True))
-    if len(set(per_row)) == 1:
-        rows_and_numbers = [(ALL, per_row[0])]
+    rows_and_numbers: list[tuple[slice, tuple[int, int, int]]]
+    if p.key_start is None and p.key_length is None and p.query_offsets is None:
+        offset = p.N - p.M if p.query_offset is None else p.query_offset
+        rows_and_numbers = [(ALL, (0, p.N, offset))]
     else:
-        rows_and_numbers = [(slice(b, b + 1), row) for b, row in enumerate(per_row)]
+        numbers = row_numbers(p)
+        per_row = list(zip(*(x.tolist() for x in numbers[:3]), strict=True))
+        if len(set(per_row)) == 1:
+            rows_and_numbers = [(ALL, per_row[0])]
+        else:
+            rows_and_numbers = [(slice(b, b + 1), row) for b, row in enumerate(per_row)]
     found: list[Part] = []
     for rows, (start, stop, offset) in rows_and_numbers:
         for queries, slots, is_causal in _pieces(p, start, stop, offset):

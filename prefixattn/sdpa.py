@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from prefixattn.aten import find_kernels
-from prefixattn.parts import Index, Part, Total, Upstream, obstacle, plan
+from prefixattn.gradients import Index, Total, Upstream
+from prefixattn.parts import Part, obstacle, plan
 from prefixattn.problem import Problem, of_segment
 
 
