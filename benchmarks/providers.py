@@ -46,8 +46,12 @@ class Tensors:
     prefix_value: Tensor
 
     @property
-    def all(self) -> tuple[Tensor, ...]:
+    def all(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return (self.query, self.key, self.value, self.prefix_key, self.prefix_value)
+
+    def double(self) -> Tensors:
+        """The same numbers in float64, without gradients."""
+        return Tensors(*(x.detach().double() for x in self.all))
 
 
 def make_tensors(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Tensors:
