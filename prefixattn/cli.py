@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+DEMO_NEEDS = ("transformers", "peft", "tokenizers", "matplotlib", "psutil")
 PACKAGES = ("prefixattn", "torch", "triton", "transformers", "peft")
 
 
@@ -47,6 +51,40 @@ def info() -> None:
         why = reason or ('what implementation="auto" takes' if name == chosen else "by name")
         table.add_row(name, "no" if reason else "yes", why)
     console.print(table)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the adapter, the curves and the report.")
+    ] = Path("prefixattn-demo"),
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the tokenizer and base model.", show_default="user cache"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+) -> None:
+    """Prefix-tune a small language model on this Python's library, beside stock PEFT."""
+    from prefixattn.demo.run import run
+    from prefixattn.demo.settings import Settings
+
+    options: dict[str, Any] = {"seed": seed, "output": output, "threads": threads}
+    if cache is not None:
+        options["cache"] = cache
+    try:
+        settings = Settings(**options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    missing = [package for package in DEMO_NEEDS if find_spec(package) is None]
+    if missing:
+        typer.echo(f"the demo needs {', '.join(missing)}: pip install 'prefixattn[demo]'", err=True)
+        raise typer.Exit(1)
+    try:
+        run(settings)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted. What was finished is kept, and the next run goes on from it.")
+        raise typer.Exit(130) from None
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,49 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from prefixattn import cli
+from prefixattn.choose import NAMES
+
+RUN = CliRunner()
+
+
+def test_info_names_every_implementation_and_why() -> None:
+    result = RUN.invoke(cli.app, ["info"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in NAMES)
+    assert "not part of this version" in result.output
+    assert 'what implementation="auto" takes' in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seed", "-1"], "seed must be in"), (["--threads", "0"], "threads must be at least 1")],
+)
+def test_the_demo_refuses_bad_options(arguments: list[str], message: str) -> None:
+    result = RUN.invoke(cli.app, ["demo", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_demo_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda package: None if package == "peft" else package)
+    result = RUN.invoke(cli.app, ["demo", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "the demo needs peft: pip install 'prefixattn[demo]'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefixattn.demo.run.run", interrupted)
+    result = RUN.invoke(cli.app, ["demo", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 130
+    assert "Interrupted" in result.output
