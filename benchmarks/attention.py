@@ -11,6 +11,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -70,6 +71,7 @@ def main(
         "stock: as transformers and PEFT do it. /cat, /stock: their time over ours."
     )
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
         console.print(f"wrote {out}")
 
@@ -127,16 +129,25 @@ def machine() -> dict[str, object]:
         "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "command": "python -m benchmarks.attention",
+        "command": " ".join(["python -m benchmarks.attention", *sys.argv[1:]]),
     }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _table(rows: list[dict[str, object]], dtype: str) -> Table:
     title = f"{dtype}, {torch.get_num_threads()} threads: milliseconds a call"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, min_width=78)
     for heading in ("shape", "pass", *PROVIDERS, "/cat", "/stock"):
         words = heading in ("shape", "pass")
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
