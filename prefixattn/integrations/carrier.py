@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from prefixattn.choose import choose
+
 KEYWORD = "prefix_attention"
 """The keyword a `Carrier` travels under."""
 
@@ -46,6 +48,7 @@ class Options:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
+        choose(self.implementation)  # refuses what the first forward would
 
 
 class Carrier:

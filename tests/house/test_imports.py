@@ -47,7 +47,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "testing": ("torch problem reference api ops", ""),
     "cli": ("torch typer rich choose", "demo.*"),
     "integrations": ("", "integrations.*"),
-    "integrations.*": (f"torch {FRAMEWORKS} . api layers prefix integrations.*", ""),
+    "integrations.*": (f"torch {FRAMEWORKS} . api choose layers prefix integrations.*", ""),
     "demo.*": (
         f"torch {FRAMEWORKS} matplotlib psutil rich safetensors tokenizers . files "
         "checkpoints.* demo.*",

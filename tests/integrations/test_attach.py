@@ -317,6 +317,7 @@ def test_wrong_arguments_leave_the_model_alone(llama: Any, attach: Any) -> None:
         (None, {}, "prefix must be a prefixattn.Prefix"),
         (right, {"positions": "moved"}, "positions must be one of"),
         (right, {"prefix_in_window": "maybe"}, "prefix_in_window must be one of"),
+        (right, {"implementation": "magic"}, "implementation: expected .auto. or one of"),
         (Prefix(*[[torch.zeros(2, P, 8)]] * 2), {}, "2 layers like the model, got 1"),
         (Prefix(*[[torch.zeros(4, P, 8)] * 2] * 2), {}, "prefix layer 0 must be"),
     ]
