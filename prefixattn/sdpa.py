@@ -160,9 +160,8 @@ def _merge_part(
     # Views, but for the copies that a tensor of row numbers makes.
     region_out, region_lse = (out, lse) if index is None else (out[index], lse[index])
     merged = torch.logaddexp(region_lse, part[1])
-    safe = merged.masked_fill(merged == -torch.inf, 0)
-    old_weight, new_weight = torch.exp(region_lse - safe), torch.exp(part[1] - safe)
-    region_out.mul_(old_weight[..., None]).addcmul_(part[0], new_weight[..., None])
+    weight = torch.exp(part[1] - merged.masked_fill(merged == -torch.inf, 0))
+    region_out.lerp_(part[0].to(p.accumulator), weight[..., None])  # the weights sum to one
     region_lse.copy_(merged)
     if index is not None and isinstance(index[0], Tensor):
         out[index], lse[index] = region_out, region_lse
