@@ -1,20 +1,36 @@
 """PyTorch's own attention kernels with their log-sum-exp, forward and backward, by device.
 
-These are the operators under `scaled_dot_product_attention`. Each takes `query [B, H, M, D]`,
-`key` and `value [B, H_kv, K, D]` with `M, K >= 1`, an upper-left causal flag for `M == K`, and an
-additive bias where it says so; `lse` is `[B, H, M]`, natural log. Backward returns the gradients of
-query, key and value, given the output and `lse` that the probabilities are normalised by, which may
-be those of a larger softmax that this call is a part of.
+These are the operators under `scaled_dot_product_attention`. Backward takes the output and the
+log-sum-exp that the probabilities are normalised by, which may be those of a larger softmax that
+this call is a part of.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ops = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel is called with.
+
+    `query [B, H, M, D]`, `key` and `value [B, H_kv, K, D]` with `M, K >= 1`; an additive `bias`
+    that broadcasts to `[B, H, M, K]`, for kernels that take one; `is_causal` is upper left, for
+    `M == K`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    is_causal: bool
+    scale: float
 
 
 class Kernels(ABC):
@@ -27,22 +43,14 @@ class Kernels(ABC):
     queries_per_backward: int | None = None
 
     @abstractmethod
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Output and lse."""
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """`out [B, H, M, D]` and `lse [B, H, M]`, natural log."""
 
     @abstractmethod
     def backward(
-        self,
-        dout: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        is_causal: bool,
-        scale: float,
+        self, call: Call, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value from those inputs, and from output and lse."""
+        """Gradients of query, key and value."""
 
 
 class CpuFlash(Kernels):
@@ -55,24 +63,31 @@ class CpuFlash(Kernels):
     takes_bias = True
     queries_per_backward = 1024
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         return ops._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
+            call.query,
+            call.key,
+            call.value,
+            0.0,
+            call.is_causal,
+            attn_mask=call.bias,
+            scale=call.scale,
         )
 
     def backward(
-        self,
-        dout: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        is_causal: bool,
-        scale: float,
+        self, call: Call, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return ops._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, *inputs, *results, 0.0, is_causal, attn_mask=bias, scale=scale
+            dout,
+            call.query,
+            call.key,
+            call.value,
+            out,
+            lse,
+            0.0,
+            call.is_causal,
+            attn_mask=call.bias,
+            scale=call.scale,
         )
 
 
@@ -81,37 +96,33 @@ class CudaFlash(Kernels):
 
     name = "CUDA flash attention"
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = ops._scaled_dot_product_flash_attention(
+            call.query, call.key, call.value, 0.0, call.is_causal, scale=call.scale
+        )
         return out, lse
 
     def backward(
-        self,
-        dout: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        is_causal: bool,
-        scale: float,
+        self, call: Call, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, _ = inputs
         # The random state is not read at dropout 0, but the schema wants tensors.
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        state = torch.empty(2, dtype=torch.uint64, device=dout.device)
         return ops._scaled_dot_product_flash_attention_backward(
             dout,
-            *inputs,
-            *results,
+            call.query,
+            call.key,
+            call.value,
+            out,
+            lse,
             None,
             None,
-            q.shape[2],
-            k.shape[2],
+            call.query.shape[2],
+            call.key.shape[2],
             0.0,
-            is_causal,
+            call.is_causal,
             state,
             state,
-            scale=scale,
+            scale=call.scale,
         )
 
 
@@ -120,30 +131,23 @@ class CudaEfficient(Kernels):
 
     name = "CUDA memory-efficient attention"
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         out, lse, *_ = ops._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, is_causal, scale=scale
+            call.query, call.key, call.value, None, True, 0.0, call.is_causal, scale=call.scale
         )
-        return out, lse[..., : q.shape[2]]
+        return out, lse[..., : call.query.shape[2]]
 
     def backward(
-        self,
-        dout: Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        results: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        is_causal: bool,
-        scale: float,
+        self, call: Call, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse = results
         # The kernel reads log-sum-exps in rows padded to 32 queries.
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
         state = torch.empty((), dtype=torch.int64, device=out.device)
         dq, dk, dv, _ = ops._scaled_dot_product_efficient_attention_backward(
             dout,
-            *inputs,
+            call.query,
+            call.key,
+            call.value,
             None,
             out,
             lse,
@@ -151,8 +155,8 @@ class CudaEfficient(Kernels):
             state,
             0.0,
             [True, True, True, False],
-            is_causal,
-            scale=scale,
+            call.is_causal,
+            scale=call.scale,
         )
         return dq, dk, dv
 

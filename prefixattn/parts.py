@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import blocks
-from prefixattn.aten import Kernels
+from prefixattn.aten import Call, Kernels
 from prefixattn.gradients import Index, Total, Upstream
 from prefixattn.problem import Problem, cut
 
@@ -52,7 +52,7 @@ class KernelPart:
         else:
             folded, k, v = q, k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)
         bias = self._bias()
-        out, lse = self.kernels.forward(folded, k, v, bias, self.is_causal, self.problem.scale)
+        out, lse = self.kernels.forward(self._call(folded, k, v, bias))
         if folds:
             return self._unfold(out, q), self._unfold(lse[..., None], q)[..., 0]
         if bias is not None:
@@ -70,16 +70,14 @@ class KernelPart:
             folds = parts[0].shape[0] > k.shape[0]
             if folds:
                 parts = [self._fold(x) for x in parts]
-            dq, dk, dv = self.kernels.backward(
-                parts[0],
-                (parts[1], k, v),
-                (parts[2], parts[3][..., 0]),
-                self._bias(),
-                self.is_causal,
-                self.problem.scale,
-            )
+            dout_part, q_part, out_part, lse_part = parts
+            call = self._call(q_part, k, v, self._bias())
+            dq, dk, dv = self.kernels.backward(call, dout_part, out_part, lse_part[..., 0])
             dq = self._unfold(dq, q[rows]) if folds else dq
             self._add(totals, dq, dk, dv, (self._rows_of(rows), ALL, self.queries))
+
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Call:
+        return Call(q, k, v, bias, self.is_causal, self.problem.scale)
 
     def _rows_of(self, chunk: slice) -> slice | Tensor:
         if isinstance(self.rows, Tensor):

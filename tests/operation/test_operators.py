@@ -139,7 +139,8 @@ def test_nothing_of_the_size_of_all_scores_is_allocated() -> None:
 def test_cuda_kernels_are_called_as_their_schemas_want(kernels: aten.Kernels) -> None:
     """Shapes only, on meta tensors: there is no GPU here, but the signatures are checked."""
     q = torch.empty(2, 4, 7, 16, dtype=torch.float16, device="meta")
-    out, lse = kernels.forward(q, q, q, None, True, 0.25)
-    grads = kernels.backward(out, (q, q, q), (out, lse.contiguous()), None, True, 0.25)
+    call = aten.Call(q, q, q, None, True, 0.25)
+    out, lse = kernels.forward(call)
+    grads = kernels.backward(call, out, out, lse.contiguous())
     assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
     assert [grad.shape for grad in grads] == [q.shape] * 3
