@@ -115,7 +115,9 @@ def build(name: str, auto: Any = transformers.AutoModelForCausalLM, **changes: A
             setattr(config, key, 0.0)
     for key, value in changes.items():
         setattr(config, key, value)
-    model = auto.from_config(config).eval()
+    # Older versions of transformers give Gemma2 an sdpa that drops its softcap.
+    implementation = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    model = auto.from_config(config, **implementation).eval()
     if name not in SINGLE_PRECISION:
         model = model.double()
     with torch.no_grad():

@@ -38,7 +38,7 @@ def test_gradients_equal(promised: Any, attach: Any, kind: dict[str, bool]) -> N
     inputs, prefix = trained(promised), promised.prefix()
     attach(promised.model, prefix)
     expected = gradients(promised.model.train(), prefix, **inputs)
-    promised.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    promised.model.gradient_checkpointing_enable(kind)
     assert_equal(gradients(promised.model, prefix, **inputs), expected)
 
 
@@ -50,7 +50,7 @@ def test_enabled_before_attaching(
     handle = attach(llama.model, prefix)
     expected = gradients(llama.model.train(), prefix, **inputs)
     handle.detach()
-    llama.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    llama.model.gradient_checkpointing_enable(kind)
     attach(llama.model, prefix)
     assert_equal(gradients(llama.model, prefix, **inputs), expected)
 
@@ -61,7 +61,7 @@ def test_embeddings_as_input(case: Callable[..., Any], attach: Any, kind: dict[s
     inputs["inputs_embeds"] = llama.model.get_input_embeddings()(inputs.pop("input_ids")).detach()
     attach(llama.model, prefix)
     expected = gradients(llama.model.train(), prefix, **inputs)
-    llama.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    llama.model.gradient_checkpointing_enable(kind)
     assert_equal(gradients(llama.model, prefix, **inputs), expected)
     assert not inputs["inputs_embeds"].requires_grad  # the caller's tensor is left alone
 
@@ -73,9 +73,7 @@ def test_inputs_that_transformers_leaves_without_a_gradient(
     inputs, prefix = trained(llama), llama.prefix()
     attach(llama.model, prefix)
     expected = gradients(llama.model.train(), prefix, **inputs)
-    llama.model.activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": True}
-    )
+    llama.model.gradient_checkpointing_enable({"use_reentrant": True})
     llama.model.disable_input_require_grads()
     assert_equal(gradients(llama.model, prefix, **inputs), expected)
 
@@ -87,7 +85,7 @@ def test_another_forward_before_backward(
     inputs, prefix = trained(llama), llama.prefix()
     attach(llama.model, prefix)
     expected = gradients(llama.model.train(), prefix, **inputs)
-    llama.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kind)
+    llama.model.gradient_checkpointing_enable(kind)
     prefix.zero_grad()
     loss = llama.model(**inputs).loss
     with torch.no_grad():
@@ -102,10 +100,10 @@ def test_projection(case: Callable[..., Any], attach: Any) -> None:
     prefix = ProjectedPrefix.for_model(llama.model, 5, hidden_dim=16)
     attach(llama.model, prefix)
     expected = gradients(llama.model.train(), prefix, **inputs)
-    enable = llama.model.activation_checkpointing_enable
-    enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    enable = llama.model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     assert_equal(gradients(llama.model, prefix, **inputs), expected)
-    enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    enable({"use_reentrant": True})
     with pytest.raises(RuntimeError, match="use_reentrant"):
         llama.model(**inputs)
     with torch.no_grad():  # nothing is trained here, so nothing is in the way
@@ -120,6 +118,6 @@ def test_a_cache_that_checkpointing_drops_is_an_error(
     attach(llama.model, prefix)
     with torch.no_grad():
         cache = llama.model(llama.input_ids, use_cache=True).past_key_values
-    llama.model.train().activation_checkpointing_enable()
+    llama.model.train().gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match="drops a cache"):
         llama.model(**inputs, past_key_values=cache)
