@@ -195,15 +195,16 @@ def draw(findings: Findings) -> Figure:
 
 
 def _draw_distance(axes: Any, findings: Findings) -> None:
-    """How far each training loss is from PEFT's; where it is the same number, nothing is drawn."""
+    """How far each training loss is from PEFT's; the same number lies on the zero line."""
     reference = findings.ways[PEFT].losses
     for name, way in findings.ways.items():
         if name == PEFT:
             continue
         gaps = [abs(a - b) for a, b in zip(way.losses, reference, strict=True)]
         style = {**STYLES[name], "linewidth": 1.4}
-        axes.plot(range(1, len(gaps) + 1), [gap or float("nan") for gap in gaps], **style)
-    axes.set_yscale("log")
+        axes.plot(range(1, len(gaps) + 1), gaps, **style)
+    axes.set_yscale("symlog", linthresh=1e-6)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("distance from\nPEFT's loss")
     axes.set_xlabel("training step")
     axes.grid(alpha=0.25)
