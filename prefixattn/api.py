@@ -13,7 +13,7 @@ from prefixattn.choose import choose, explanation
 from prefixattn.ops import attention
 from prefixattn.philox import new_seed
 from prefixattn.problem import Problem
-from prefixattn.rules import check
+from prefixattn.rules import check, check_values
 
 
 def prefix_attention(
@@ -104,7 +104,11 @@ def prefix_attention(
     """
     arguments = dict(locals())
     del arguments["return_lse"], arguments["implementation"]
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
     problem = make_problem(**arguments)
+    if problem.dropout_p > 0:
+        problem = replace(problem, dropout_seed=new_seed(query.device))
     out, lse = attention(problem, choose(implementation))
     return (out, lse) if return_lse else out
 
@@ -127,7 +131,9 @@ def explain(*args: Any, **kwargs: Any) -> str:
     arguments = bound.arguments
     arguments.pop("return_lse")
     implementation = arguments.pop("implementation")
-    return explanation(make_problem(**arguments), implementation)
+    problem = make_problem(**arguments)
+    check_values(problem)
+    return explanation(problem, implementation)
 
 
 def make_problem(
@@ -172,9 +178,7 @@ def make_problem(
         dropout_seed=None,
     )
     check(problem)
-    if problem.dropout_p == 0:
-        return problem
-    return replace(problem, dropout_seed=new_seed(query.device))
+    return problem
 
 
 def _check_numbers(options: dict[str, Any]) -> None:
@@ -188,6 +192,8 @@ def _check_numbers(options: dict[str, Any]) -> None:
             option = options[name]
             if isinstance(option, bool) or not isinstance(option, types):
                 raise TypeError(f"{name}: expected {what}, got {type(option).__name__}")
+            if isinstance(option, int) and not -(2**62) < option < 2**62:
+                raise ValueError(f"{name}: expected a number within 2^62, got {option}")
     for name in ("is_causal", "deterministic"):
         option = options[name]
         if not isinstance(option, bool) and not (option is None and name == "deterministic"):
@@ -200,13 +206,12 @@ def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     device = tensors["query"].device.type
+    if tensors["query"].dtype == torch.float64:
+        return tensors
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return {
-        name: x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-        for name, x in tensors.items()
-    }
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 DEFAULTS = {

@@ -38,6 +38,7 @@ class Kernels(ABC):
 
     name: str
     takes_bias = False
+    deterministic = False  # whether the backward gives the same bits each run
     # The most folded queries one backward call may have: kernels that sum key gradients in the
     # input dtype lose a rounding per query block. None: no limit.
     queries_per_backward: int | None = None
@@ -61,6 +62,7 @@ class CpuFlash(Kernels):
 
     name = "CPU flash attention"
     takes_bias = True
+    deterministic = True
     queries_per_backward = 1024
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:

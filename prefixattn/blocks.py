@@ -69,17 +69,19 @@ def forward(source: Source) -> tuple[Tensor, Tensor]:
     """`out [B, H, M, D_v]` and `lse [B, H, M]` of a softmax over this source alone."""
     b, h, m_all, _ = source.query.shape
     out = source.query.new_zeros(b, h, m_all, source.value.shape[-1], dtype=source.dtype)
-    lse = out.new_full((b, h, m_all), -torch.inf)
+    peak, total = out.new_full((b, h, m_all), -torch.inf), out.new_zeros(b, h, m_all)
     for block in _blocks(source):
-        old = lse[:, :, block.queries]
-        new = torch.logaddexp(old, torch.logsumexp(block.scores, -1))
+        rows = (slice(None), slice(None), block.queries)
+        new = torch.maximum(peak[rows], block.scores.amax(-1))
         safe = new.masked_fill(new == -torch.inf, 0)
         weights = torch.exp(block.scores - safe[..., None])
-        part = out[:, :, block.queries]
-        part.mul_(torch.exp(old - safe)[..., None])
-        part.add_(_ungroup(_group(_drop(source, block, weights), source.group) @ block.v, h))
-        lse[:, :, block.queries] = new
-    return out, lse
+        shrink = torch.exp(peak[rows] - safe)
+        total[rows] = total[rows] * shrink + weights.sum(-1)
+        addend = _ungroup(_group(_drop(source, block, weights), source.group) @ block.v, h)
+        out[rows] = torch.addcmul(addend, out[rows], shrink[..., None])
+        peak[rows] = new
+    lse = peak + torch.log(total)  # -inf where nothing was seen
+    return out.div_(total.masked_fill(total == 0, 1)[..., None]), lse
 
 
 @dataclass

@@ -8,11 +8,13 @@ the output and `lse` it starts from as arguments, which ring and context paralle
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from prefixattn.problem import DIFFERENTIABLE, FIELD_NAMES, Problem, schema_arguments
 from prefixattn.rules import check_values
@@ -42,7 +44,24 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
     Returns:
         `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable.
     """
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(problem)
     return torch.ops.prefixattn.attention(*problem.arguments, implementation)
+
+
+def _refuse_transforms(problem: Problem) -> None:
+    """torch.func and forward-mode derivatives would fail deep inside torch, or give zeros."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise NotImplementedError(
+            "prefix_attention does not run under the transforms of torch.func (grad, vjp, jvp, "
+            "vmap): use torch.autograd.grad, and the batch dimension B with prefix_index"
+        )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(value).tangent is not None
+        for value in problem.arguments
+        if isinstance(value, Tensor)
+    ):
+        raise NotImplementedError("prefix_attention has no forward-mode derivative")
 
 
 def _module(implementation: str) -> ModuleType:
@@ -52,7 +71,8 @@ def _module(implementation: str) -> ModuleType:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem, implementation = Problem(*arguments[:-1]), arguments[-1]
     check_values(problem)
-    out, lse = _module(implementation).forward(problem)
+    with _no_autocast(problem):
+        out, lse = _module(implementation).forward(problem)
     declared_out, declared_lse = problem.empty_output()
     return _laid_out(out, declared_out), _laid_out(lse, declared_lse)
 
@@ -63,11 +83,20 @@ def _backward(
     problem, (implementation, wanted) = Problem(*arguments[:-2]), arguments[-2:]
     if dout is not None and dout.shape[-1] > 1 and dout.stride(-1) != 1:
         dout = dout.contiguous()  # an expanded gradient, of a sum, say
-    grads = _module(implementation).backward(problem, dout, dlse, out, lse, tuple(wanted))
+    with _no_autocast(problem):
+        grads = _module(implementation).backward(problem, dout, dlse, out, lse, tuple(wanted))
     return [
         _laid_out(grad, torch.empty_like(getattr(problem, name)))
         for name, grad in zip(wanted, grads, strict=True)
     ]
+
+
+def _no_autocast(problem: Problem) -> AbstractContextManager[object]:
+    """Inputs were cast before; the float32 arithmetic inside stays float32."""
+    device = problem.query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _laid_out(tensor: Tensor, declared: Tensor) -> Tensor:
@@ -116,20 +145,12 @@ def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-def _no_vmap(info: Any, in_dims: Any, *arguments: Any) -> NoReturn:
-    raise NotImplementedError(
-        "prefix_attention cannot run under torch.func.vmap: its batch dimension B, with "
-        "prefix_index for different prefixes, does what vmap would"
-    )
-
-
 for _name, _run, _fake in (
     ("attention", _forward, _fake_forward),
     ("attention_backward", _backward, _fake_backward),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"{NAMESPACE}::{_name}", _no_vmap, lib=_library)
 torch.library.register_autograd(
     f"{NAMESPACE}::attention", _autograd_backward, setup_context=_setup_context, lib=_library
 )

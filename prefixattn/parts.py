@@ -267,8 +267,10 @@ def obstacle(p: Problem, half: str, kernels: Kernels) -> str | None:
     bias = p.attn_mask if half == "sequence" else p.prefix_bias
     if p.softcap is not None:
         return "softcap"
-    if p.dropout_seed is not None:
+    if p.dropout_p > 0:
         return "dropout_p"
+    if p.scale <= 0:
+        return "scale"  # kernels scale their -inf masks too: NaN at 0, everything else below
     if positioned and p.alibi_slopes is not None:
         return "alibi_slopes"
     if bias is not None and not kernels.takes_bias:

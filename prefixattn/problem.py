@@ -124,7 +124,9 @@ class Problem:
 
     def empty_output(self) -> tuple[Tensor, Tensor]:
         """Unwritten `out [B, H, M, D_v]` (laid out as `[B, M, H, D_v]`) and `lse [B, H, M]`."""
-        out = self.query.new_empty(self.B, self.M, self.H, self.D_v).transpose(1, 2)
+        b, h, m, d_v = self.B, self.H, self.M, self.D_v
+        # Not a transposed view: users change their outputs in place.
+        out = self.query.new_empty_strided((b, h, m, d_v), (m * h * d_v, d_v, h * d_v, 1))
         return out, self.query.new_empty(self.B, self.H, self.M, dtype=self.accumulator)
 
     def segments(self) -> Iterator[Segment]:

@@ -200,22 +200,18 @@ def _softmax_sum(
     scores = [score for score, _, _ in halves]
     if sinks is not None:
         scores.append(sinks.to(scores[0].dtype)[:, None, None].expand(p.B, -1, p.M, 1))
-    lse = _logsumexp(torch.cat(scores, dim=-1))
-    safe_lse = torch.where(lse == -torch.inf, 0, lse)
-    out = lse.new_zeros(p.B, p.H, p.M, p.D_v)
+    every = torch.cat(scores, dim=-1)  # [B, H, M, K]
+    peak = every.detach().amax(-1, keepdim=True) if every.shape[-1] else every.new_zeros(1)
+    peak = peak.masked_fill(peak == -torch.inf, 0)
+    total = torch.exp(every - peak).sum(-1, keepdim=True)  # [B, H, M, 1]
+    blind = total == 0
+    total = total.masked_fill(blind, 1)
+    lse = (peak + torch.log(total)).masked_fill(blind, -torch.inf)[..., 0]
+    out = total.new_zeros(p.B, p.H, p.M, p.D_v)
     for score, value, keep in halves:
-        weight = torch.exp(score - safe_lse[..., None])
+        weight = torch.exp(score - peak) / total
         if keep is not None:
             weight = torch.where(keep, weight / (1 - p.dropout_p), 0)
         grouped = weight.unflatten(1, (p.H_kv, -1)) @ value.unsqueeze(2)
         out = out + grouped.flatten(1, 2)
     return out, lse
-
-
-def _logsumexp(scores: Tensor) -> Tensor:
-    """`logsumexp` over the last dimension with zero gradients, not NaN, where all is `-inf`."""
-    if scores.shape[-1] == 0:
-        return scores.sum(-1) - torch.inf
-    blind = (scores == -torch.inf).all(-1)
-    filled = scores.masked_fill(blind[..., None], 0)
-    return torch.logsumexp(filled, -1).masked_fill(blind, -torch.inf)

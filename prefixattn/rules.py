@@ -45,10 +45,18 @@ def check_values(problem: Problem) -> None:
         if tensor is not None:
             inside = ((tensor >= low) & (tensor <= high)).all()
             _require(inside, name, f"values from {low} to {high}", tensor)
-    for name, tensor in (("cu_seqlens_q", p.cu_seqlens_q), ("cu_seqlens_k", p.cu_seqlens_k)):
-        if tensor is not None:
-            rising = (tensor[1:] >= tensor[:-1]).all() & (tensor[0] == 0)
-            _require(rising, name, "values that start at 0 and never fall", tensor)
+    for side, tensor, longest in (
+        ("q", p.cu_seqlens_q, p.max_seqlen_q),
+        ("k", p.cu_seqlens_k, p.max_seqlen_k),
+    ):
+        if tensor is None:
+            continue
+        rising = (tensor[1:] >= tensor[:-1]).all() & (tensor[0] == 0)
+        _require(rising, f"cu_seqlens_{side}", "values that start at 0 and never fall", tensor)
+        if longest is not None:
+            fits = (tensor.diff() <= longest).all()
+            expected = f"segments of at most max_seqlen_{side} = {longest}"
+            _require(fits, f"cu_seqlens_{side}", expected, tensor)
 
 
 def _require(condition: Tensor, name: str, expected: str, got: Tensor) -> None:

@@ -109,10 +109,11 @@ def _backward(p: Problem, up: Upstream, totals: dict[str, Total]) -> None:
         names = mine if half == "prefix" else ("key", "value", "attn_mask")
         if not any(name in totals for name in ("query", *names)):
             continue
+        kernels = find_kernels(p.query, p.key, p.value)
         # The kernels know neither the gradient of a bias nor of a log-sum-exp.
         beyond = of_half.dlse is not None or names[2] in totals
-        kernels = None if beyond else find_kernels(p.query, p.key, p.value)
-        for part in plan(p, half, kernels):
+        varies = kernels is not None and p.deterministic and not kernels.deterministic
+        for part in plan(p, half, None if beyond or varies else kernels):
             part.backward(of_half, totals)
     if "sinks" in totals and p.sinks is not None:
         share = torch.exp(p.sinks.to(up.lse.dtype)[:, None] - sequence_up.lse)
@@ -121,18 +122,17 @@ def _backward(p: Problem, up: Upstream, totals: dict[str, Total]) -> None:
 
 
 def _split_by_gate(p: Problem, up: Upstream, totals: dict[str, Total]) -> tuple[Upstream, Upstream]:
-    """Each half's own softmax, with the prefix half's output recomputed instead of kept."""
+    """Each half's own softmax. Both outputs are computed again: only their sum was kept."""
     assert p.prefix_gate is not None
-    gate = _per_head(p.prefix_gate, p)
-    prefix_out, prefix_lse = _merge(p, plan(p, "prefix", find_kernels(p.query, p.key, p.value)))
-    prefix_out = prefix_out.to(p.accumulator)
+    gate, dtype = _per_head(p.prefix_gate, p), p.query.dtype
+    kernels = find_kernels(p.query, p.key, p.value)
+    prefix_out, prefix_lse = _merge(p, plan(p, "prefix", kernels))
+    sequence_out, _ = _with_sinks(p, *_merge(p, plan(p, "sequence", kernels)))
     dout = up.dout.to(p.accumulator)
     if "prefix_gate" in totals:
         totals["prefix_gate"].add((dout * prefix_out).sum((0, 2, 3)))
-    dtype = p.query.dtype
     prefix_up = Upstream((dout * gate).to(dtype), prefix_out.to(dtype), prefix_lse, None)
-    sequence_out = (up.out.to(p.accumulator) - gate * prefix_out).to(dtype)
-    return prefix_up, Upstream(up.dout, sequence_out, up.lse, up.dlse)
+    return prefix_up, Upstream(up.dout, sequence_out.to(dtype), up.lse, up.dlse)
 
 
 def _merge(p: Problem, parts: list[Part]) -> tuple[Tensor, Tensor]:

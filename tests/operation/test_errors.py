@@ -70,6 +70,9 @@ WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
     ({"is_causal": 1}, TypeError, "is_causal: expected a bool, got int"),
     ({"deterministic": "yes"}, TypeError, "deterministic: expected a bool, got str"),
+    ({"return_lse": "no"}, TypeError, "return_lse: expected a bool, got str"),
+    ({"window": 2**70}, ValueError, "window: expected a number within 2.62"),
+    ({"query_offset": -(2**63)}, ValueError, "query_offset: expected a number within 2.62"),
     ({"sinks": torch.randn(2)}, ValueError, r"sinks: expected shape \[H\]"),
     ({"alibi_slopes": torch.randn(2, 4)}, ValueError, r"alibi_slopes: expected shape \[H\]"),
     ({"alibi_slopes": torch.randn(4, requires_grad=True)}, ValueError, "alibi_slopes: .*gradient"),
@@ -86,6 +89,12 @@ WRONG_PACKED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"cu_seqlens_k": ints(0, 3, 2)}, ValueError, "cu_seqlens_k: .*never fall"),
     ({"cu_seqlens_q": ints(0, 2, 6)}, ValueError, "cu_seqlens_q: expected values from 0 to 5"),
     ({"key_start": ints(0)}, ValueError, "key_start: expected None when packed"),
+    (
+        {"max_seqlen_q": 2},
+        ValueError,
+        "cu_seqlens_q: expected segments of at most max_seqlen_q = 2",
+    ),
+    ({"max_seqlen_k": -5}, ValueError, "cu_seqlens_k: expected segments of at most"),
     ({"prefix_index": ints(0)}, ValueError, r"prefix_index: .*\[segments\] = \[2\]"),
 )
 
@@ -143,3 +152,12 @@ def test_explain_refuses_what_the_operation_refuses() -> None:
         explain(**(inputs | {"window": 0}))
     with pytest.raises(ValueError, match="implementation"):
         explain(**inputs, implementation="cuda")
+    with pytest.raises(ValueError, match="prefix_index"):
+        explain(**(inputs | {"prefix_index": ints(0, 5), "window": 2}))
+
+
+def test_explain_draws_no_random_number() -> None:
+    inputs = make_inputs(BASE, torch.float32)
+    before = torch.get_rng_state()
+    assert "because of dropout_p" in explain(**inputs, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prefixattn import blocks, sdpa
 from prefixattn.testing import (
     Case,
     assert_within_budget,
@@ -59,6 +60,8 @@ CASES = (
     Case("window-positions-padded", M=9, N=9, starts=(0, 4), window=4, positions=True),
     Case("softcap", softcap=2.0),
     Case("scale", scale=0.7),
+    Case("scale-zero", scale=0.0),
+    Case("scale-negative", scale=-0.7, M=9, N=9, starts=(0, 4)),
     Case("sinks", sinks=True),
     Case("sinks-alone", P=0, N=4, M=6, sinks=True),  # the first queries see their sink only
     Case("alibi", M=9, N=9, alibi=True),
@@ -74,6 +77,7 @@ CASES = (
     Case("bias-index", B=4, R=2, index=(1, 0, -1, 1), bias=(4, 1, 1, 5)),
     Case("bias-one-each", R=2, bias=(5,)),
     Case("gate", gate=True),
+    Case("gate-long", gate=True, M=40, N=40),
     Case("gate-sinks", gate=True, sinks=True, P=9),
     Case("gate-empty-sequence", gate=True, N=0),
     Case("gate-windowed", gate=True, window=4, positions=True),
@@ -145,6 +149,18 @@ def test_sdpa_without_an_lse_gradient(case: Case) -> None:
     with poisoned_memory():
         got = evaluate(inputs, run_implementation("sdpa"), with_lse_gradient=False)
     assert_within_budget(got, inputs, with_lse_gradient=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sdpa_in_many_small_blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel, and blocks so small that every running maximum and offset is used."""
+    monkeypatch.setattr(sdpa, "find_kernels", lambda query, key, value: None)
+    monkeypatch.setattr(blocks, "BLOCK_QUERIES", 4)
+    monkeypatch.setattr(blocks, "BLOCK_SCORES", 2**9)
+    inputs = make_inputs(case, torch.float64)
+    with poisoned_memory():
+        got = evaluate(inputs, run_implementation("sdpa"))
+    assert_within_budget(got, inputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -229,9 +245,15 @@ def test_sdpa_meets_the_reference_on_random_problems(case: Case, seed: int, lse:
     assert_within_budget(got, inputs, lse)
 
 
+@pytest.mark.parametrize("small_blocks", [False, True], ids=["one-block", "small-blocks"])
 @pytest.mark.parametrize("name", ["plain", "index-ragged", "gate", "packed-index", "left-padding"])
-def test_dropout_is_the_same_everywhere(name: str) -> None:
+def test_dropout_is_the_same_everywhere(
+    name: str, small_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bits come from counters, so that implementations agree to rounding, dropped or not."""
+    if small_blocks:
+        monkeypatch.setattr(blocks, "BLOCK_QUERIES", 4)
+        monkeypatch.setattr(blocks, "BLOCK_SCORES", 2**9)
     case = next(case for case in CASES if case.name == name)
     inputs = make_inputs(case, torch.float64)
     dropped = [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from prefixattn import aten, prefix_attention
 from prefixattn.api import make_problem
@@ -87,17 +88,52 @@ def test_autocast_casts_as_sdpa_does(implementation: str) -> None:
     inputs["prefix_key"].requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, lse = prefix_attention(**inputs, return_lse=True, implementation=implementation)
+        out.float().sum().backward()
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    out.float().sum().backward()
     assert inputs["prefix_key"].grad.dtype == torch.float32
+    names = ("query", "key", "value", "prefix_key", "prefix_value")
+    cast = inputs | {name: inputs[name].detach().bfloat16() for name in names}
+    cast["prefix_key"].requires_grad_()
+    plain = prefix_attention(**cast, return_lse=True, implementation=implementation)
+    plain[0].float().sum().backward()
+    assert torch.equal(out, plain[0])  # the arithmetic inside is not cast again
+    assert torch.equal(lse, plain[1])
+    assert torch.equal(inputs["prefix_key"].grad.bfloat16(), cast["prefix_key"].grad)
 
 
-def test_vmap_is_refused_with_the_way_out() -> None:
-    inputs = make_inputs(Case("vmap"), torch.float64)
-    with pytest.raises(NotImplementedError, match="prefix_index"):
-        torch.func.vmap(lambda query: prefix_attention(**{**inputs, "query": query}))(
-            inputs["query"].unsqueeze(0)
-        )
+TRANSFORMS = {
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None]),
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_refused_with_the_way_out(name: str) -> None:
+    inputs = make_inputs(Case("transform"), torch.float64)
+    with pytest.raises(NotImplementedError, match="torch.func.*prefix_index"):
+        TRANSFORMS[name](lambda q: prefix_attention(**{**inputs, "query": q}), inputs["query"])
+
+
+def test_a_forward_mode_derivative_is_refused() -> None:
+    inputs = make_inputs(Case("dual"), torch.float64)
+    with forward_ad.dual_level():
+        prefix_attention(**inputs)  # no dual tensor: fine
+        inputs["key"] = forward_ad.make_dual(inputs["key"], torch.ones_like(inputs["key"]))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            prefix_attention(**inputs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_output_changed_in_place_is_noticed(implementation: str) -> None:
+    """The backward reads the output, as that of every flash attention does: torch must say so."""
+    inputs = make_inputs(Case("in-place"), torch.float64)
+    inputs["query"].requires_grad_()
+    out = prefix_attention(**inputs, implementation=implementation)
+    changed = out.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed.sum().backward()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "sliced"])

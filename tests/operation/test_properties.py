@@ -22,6 +22,18 @@ def test_weights_sum_to_one(implementation: str) -> None:
     torch.testing.assert_close(out, torch.ones_like(out))
 
 
+def test_weights_sum_to_one_under_a_mask_of_huge_numbers(implementation: str) -> None:
+    """What -1e9 or finfo.min hides from all alike is seen by all alike: no `-inf`, no blind row."""
+    inputs = make_inputs(Case("huge", P=0, causal=False), torch.float32)
+    inputs["value"] = torch.ones_like(inputs["value"])
+    for softcap in (None, 9.0):
+        for depth in (-1e9, torch.finfo(torch.float32).min):
+            mask = torch.full((7,), depth)
+            arguments = inputs | {"attn_mask": mask, "softcap": softcap}
+            out = prefix_attention(**arguments, implementation=implementation)
+            torch.testing.assert_close(out, torch.ones_like(out))
+
+
 def test_packed_equals_separate(implementation: str) -> None:
     segments = ((4, 6), (3, 3), (1, 5))
     case = Case("packed", B=1, M=8, N=14, P=4, R=3, index=(2, -1, 0), segments=segments)
