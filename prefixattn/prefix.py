@@ -48,8 +48,9 @@ class Prefix(nn.Module):
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         super().__init__()
         check_pairs(keys, values)
-        self.keys = nn.ParameterList([nn.Parameter(_master_copy(key)) for key in keys])
-        self.values = nn.ParameterList([nn.Parameter(_master_copy(value)) for value in values])
+        with torch.inference_mode(False):  # an inference tensor could never be trained
+            self.keys = nn.ParameterList([nn.Parameter(_master_copy(key)) for key in keys])
+            self.values = nn.ParameterList([nn.Parameter(_master_copy(v)) for v in values])
 
     @property
     def num_layers(self) -> int:
@@ -160,7 +161,7 @@ class Prefix(nn.Module):
             )
         kinds: dict[str, type[Prefix]] = {"prefix": Prefix, "projected": ProjectedPrefix}
         kind = config.get("kind")
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise ValueError(f"{source}: kind must be one of {sorted(kinds)}, got {kind!r}")
         tensors = read_tensors(folder / TENSORS_FILE)
         prefix = _layers_of(tensors, config, source)
@@ -325,8 +326,13 @@ def _token_row(input_ids: Tensor) -> Tensor:
 def _layers_of(tensors: Mapping[str, Tensor], config: dict[str, Any], source: Path) -> Prefix:
     """The plain prefix in a file's tensors, held against its configuration."""
     num_layers = read_number(config, "num_layers", source)
-    names = [f"layers.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
     found = {name for name in tensors if name.startswith("layers.")}
+    if 2 * num_layers != len(found):
+        raise ValueError(
+            f"{source.parent}: num_layers is {num_layers}, but the file holds {len(found)} layer "
+            "tensors, and each layer has two"
+        )
+    names = [f"layers.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
     if found != set(names):
         missing, extra = sorted(set(names) - found), sorted(found - set(names))
         raise ValueError(

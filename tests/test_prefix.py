@@ -97,6 +97,13 @@ def test_from_text_is_what_the_cache_holds(llama: Any) -> None:
     assert prefix.keys[0].is_leaf
 
 
+def test_from_text_in_inference_mode_still_trains(llama: Any) -> None:
+    with torch.inference_mode():
+        prefix = Prefix.from_text(llama, torch.arange(P))
+    prefix.keys[0].square().sum().backward()
+    assert prefix.keys[0].grad is not None
+
+
 def test_from_text_keeps_every_token_of_a_sliding_layer() -> None:
     config = transformers.Gemma2Config(
         vocab_size=97,
@@ -244,6 +251,10 @@ def damaged(folder: Path, what: str) -> None:
             config["version"] = 99
         elif what == "another kind":
             config["kind"] = "gated"
+        elif what == "no kind":
+            config["kind"] = []
+        elif what == "absurd":
+            config["num_layers"] = 10**12
         elif what == "integers":
             tensors["layers.0.key"] = tensors["layers.0.key"].long()
         save_file(tensors, tensors_file)
@@ -257,12 +268,14 @@ def damaged(folder: Path, what: str) -> None:
         ("no config", FileNotFoundError, "prefix_config.json"),
         ("truncated", ValueError, "truncated or not a safetensors file"),
         ("not JSON", ValueError, "not valid JSON"),
-        ("a layer short", ValueError, r"missing: \['layers.1.value'\]"),
+        ("a layer short", ValueError, "num_layers is 2, but the file holds 3 layer tensors"),
+        ("absurd", ValueError, "num_layers is 1000000000000, but the file holds 4 layer tensors"),
         ("NaN", ValueError, "layers.0.key holds NaN"),
         ("another length", ValueError, "num_tokens is 6, but the tensors hold 5"),
         ("no number", ValueError, "num_layers must be a positive integer, got 'two'"),
         ("another format", ValueError, "version 99"),
         ("another kind", ValueError, "kind must be one of"),
+        ("no kind", ValueError, "kind must be one of"),
         ("integers", ValueError, "layers.0.key must be floating point"),
     ],
 )

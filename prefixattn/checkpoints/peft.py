@@ -126,6 +126,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         tensors: Any = _read_pickle(folder / PICKLE_FILE)
     else:
         tensors = read_tensors(folder / TENSORS_FILE)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise ValueError(f"{folder}: expected tensors by name, got a {type(tensors).__name__}")
     if TENSOR_NAME not in tensors:
         raise ValueError(f"{folder}: expected the tensor {TENSOR_NAME}, got {sorted(tensors)}")
     for name, tensor in tensors.items():
@@ -140,7 +144,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
+        raise ValueError(f"{path} is damaged or holds more than tensors") from error
 
 
 def _head(model: nn.Module | str | None, task_type: str) -> dict[str, Tensor]:

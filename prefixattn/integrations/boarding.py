@@ -1,6 +1,7 @@
 """The hook on the backbone: shift the positions, and put the prefix among the keywords."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, Carrier, Layout, Options, Span
-from prefixattn.integrations.transformers import NAME
+from prefixattn.integrations.transformers import NAME, register
 
 MASK_OR_PLACES = ("attention_mask", "position_ids", "past_key_values")
 
@@ -44,6 +45,7 @@ class Boarding:
         self.checkpoints = [m for m in backbone.modules() if hasattr(m, "gradient_checkpointing")]
         self.table = _position_table(backbone)
         self.numbering = _numbering(backbone)
+        self.trains: bool | None = None  # whether the prefix did when it was first seen
         self.counts_mask = _counts_mask(backbone)
 
     def __call__(
@@ -91,6 +93,11 @@ class Boarding:
         )
         return (), kwargs
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that is unpickled in a new process finds its attention function there."""
+        self.__dict__.update(state)
+        register()
+
     def embedding_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Have reentrant checkpointing run its backward: it asks its input for a gradient."""
         if self._reentrant() and torch.is_grad_enabled() and not output.requires_grad:
@@ -103,6 +110,8 @@ class Boarding:
         pairs = self.source()
         if pairs is None:
             return None
+        if not torch.compiler.is_compiling():
+            self._warn_of_freezing(backbone, pairs)
         if self._reentrant() and torch.is_grad_enabled():
             if any(key.grad_fn is not None and _saves(key) for key, _ in pairs):
                 raise RuntimeError(
@@ -119,6 +128,21 @@ class Boarding:
         else:
             dtype = backbone.dtype
         return [(key.to(dtype), value.to(dtype)) for key, value in pairs]
+
+    def _warn_of_freezing(
+        self, backbone: PreTrainedModel, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Say once that a prefix which trained does so no longer, while something else does."""
+        if not (torch.is_grad_enabled() and backbone.training):
+            return
+        trains = any(x.requires_grad for pair in pairs for x in pair)
+        if self.trains and not trains and any(p.requires_grad for p in backbone.parameters()):
+            warnings.warn(
+                "the prefix was frozen after it was attached (adding a LoRA adapter freezes all "
+                "other parameters); requires_grad_(True) on the prefix trains it again",
+                stacklevel=2,
+            )
+        self.trains = trains
 
     def _reentrant(self) -> bool:
         return any(
@@ -153,11 +177,14 @@ class Boarding:
     def _keep_documents_apart(self, kwargs: dict[str, Any]) -> None:
         """Packed documents are told by their positions, which transformers reads with no cache."""
         given = kwargs.get("position_ids")
-        if torch.compiler.is_compiling() or given is None or given.ndim != 2:
+        if given is None or given.ndim != 2:
             return
         if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
             return
-        if "use_cache" in self.names and bool((given.diff(dim=-1) != 1).any()):
+        if torch.compiler.is_compiling():  # which must not look at the positions
+            if "use_cache" in self.names and kwargs.get("use_cache") is None:
+                kwargs["use_cache"] = False
+        elif "use_cache" in self.names and bool((given.diff(dim=-1) != 1).any()):
             if kwargs.get("use_cache"):
                 raise ValueError("position_ids that start again (packed rows) need use_cache=False")
             kwargs["use_cache"] = False
@@ -256,9 +283,9 @@ class _Numbering:
 def _numbering(backbone: PreTrainedModel) -> _Numbering | None:
     for name, module in backbone.named_modules():
         count = getattr(module, "create_position_ids_from_input_ids", None)
-        if count is None:
+        if count is None and not hasattr(module, "create_position_ids_from_inputs_embeds"):
             continue
-        if "past_key_values_length" not in inspect.signature(count).parameters:
+        if count is None or "past_key_values_length" not in inspect.signature(count).parameters:
             raise NotImplementedError(
                 f"{type(backbone).__name__} cannot carry a prefix: {name} counts positions in a "
                 "way that is not known here"

@@ -4,7 +4,7 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.boarding import Boarding, Source
@@ -43,6 +43,17 @@ class Handle:
         self._undo.close()
 
 
+class Submodule:
+    """The source that is the model's own submodule, whichever it is by then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> list[tuple[Tensor, Tensor]]:
+        prefix: Prefix = self.model.get_submodule(SUBMODULE)  # type: ignore[assignment]
+        return prefix()
+
+
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
     """See `prefixattn.attach`."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -63,7 +74,13 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
         prefix.to(sites[0].key.device)
         target.add_module(SUBMODULE, prefix)
         undo.callback(delattr, target, SUBMODULE)
-        install(target, sites, prefix, options, undo)
+        install(target, sites, Submodule(target), options, undo)
+        if target is not model:
+            warnings.warn(
+                f"the files of this {type(model).__name__} do not hold the prefix: save and load "
+                "it by Prefix.save_pretrained and from_pretrained",
+                stacklevel=3,
+            )
         warn_of_dead_tokens(prefix.num_tokens, sites, options, stacklevel=4)
         return Handle(model, prefix, undo.pop_all())
 

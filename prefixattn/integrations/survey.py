@@ -81,7 +81,7 @@ def survey(model: Any, input_ids: Tensor | None = None) -> list[Site]:
     restore = set_implementation(SURVEY_NAME, own_configs(model))
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             backbone(
                 input_ids=input_ids.to(device),
                 attention_mask=torch.ones_like(input_ids, device=device),
@@ -105,6 +105,8 @@ def check_model(model: Any) -> PreTrainedModel:
         raise TypeError(f"model must be a transformers PreTrainedModel, got {_kind(model)}")
     if any(hasattr(module, SLOT) for module in model.modules()):
         raise ValueError(f"{_kind(model)} has a prefix attached already: detach() it first")
+    if model.device.type == "meta":
+        raise refusal(model, "it is on the meta device: load its weights first")
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         raise refusal(model, "encoder-decoder models are not supported yet")

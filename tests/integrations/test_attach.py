@@ -151,6 +151,10 @@ def test_packed_documents(case: Callable[..., Any], attach: Any, name: str) -> N
         packed = given.model(both, position_ids=places, **inputs).logits
         given.assert_close(packed[:, : one.shape[1]], given.logits[:1])
         given.assert_close(packed[:, one.shape[1] :], given.logits[1:, :7])
+    compiled = torch.compile(given.model, fullgraph=True, backend="eager")
+    given.assert_close(
+        compiled(both, position_ids=places).logits[:, one.shape[1] :], given.logits[1:, :7]
+    )
     with pytest.raises(ValueError, match="use_cache=False"):
         given.model(both, position_ids=places, use_cache=True)
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q"):

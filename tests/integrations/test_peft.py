@@ -198,12 +198,28 @@ def test_files_are_pefts(llama: Any, attach: Any, model_of: Any, tmp_path: Path)
     torch.testing.assert_close(back(input_ids=llama.input_ids).logits, expected)
 
 
+def test_lora_added_later_is_said_to_freeze_the_prefix(llama: Any, attach: Any) -> None:
+    prefix = Prefix.from_text(llama.model, llama.text)
+    attach(llama.model, prefix)
+    inputs = {"input_ids": llama.input_ids, "labels": llama.input_ids}
+    llama.model.train()(**inputs).loss.backward()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    lora = peft.get_peft_model(llama.model, config).double().train()
+    with pytest.warns(UserWarning, match="the prefix was frozen after it was attached"):
+        lora(**inputs)
+    prefix.requires_grad_(True)
+    prefix.zero_grad()
+    lora(**inputs).loss.backward()
+    assert prefix.keys[0].grad.abs().max() > 0
+
+
 @torch.no_grad()
 def test_lora_beside_a_prefix(llama: Any, attach: Any, model_of: Any) -> None:
     prefix = Prefix.from_text(llama.model, llama.text)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     lora = peft.get_peft_model(llama.model, config).double().eval()
-    handle = attach(lora, prefix)
+    with pytest.warns(UserWarning, match="do not hold the prefix"):
+        handle = attach(lora, prefix)
     llama.assert_close(lora(input_ids=llama.input_ids).logits)  # LoRA starts at nothing
     assert prefix.keys[0].requires_grad
     handle.detach()

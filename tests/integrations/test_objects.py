@@ -1,0 +1,70 @@
+"""An attached model as an object: replaced, pickled, on a device without numbers."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from prefixattn.prefix import Prefix
+
+
+@pytest.fixture
+def llama(case: Callable[..., Any]) -> Any:
+    return case("llama")
+
+
+@torch.no_grad()
+def test_a_submodule_that_is_replaced_is_followed(llama: Any, attach: Any) -> None:
+    attach(llama.model, Prefix.zeros(llama.model, 5))
+    ones = [torch.ones(2, 5, 8, dtype=torch.float64)] * 2
+    llama.model.prefixattn = Prefix(ones, ones)
+    replaced = llama.model(llama.input_ids).logits
+    assert not torch.equal(replaced, llama.plain)
+    torch.nn.init.zeros_(llama.model.prefixattn.values[0])
+    assert not torch.equal(llama.model(llama.input_ids).logits, replaced)
+
+
+def test_a_pickled_model_works_in_a_new_process(llama: Any, attach: Any, tmp_path: Path) -> None:
+    attach(llama.model, llama.prefix())
+    torch.save((llama.model, llama.input_ids, llama.logits), tmp_path / "model.pt")
+    program = (
+        "import sys, torch\n"
+        "model, ids, logits = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad():\n"
+        "    assert (model(ids).logits - logits).abs().max() < 1e-9\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_model_without_weights_is_refused(attach: Any) -> None:
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4)
+        )
+    with pytest.raises(NotImplementedError, match="GPT2LMHeadModel.*meta device"):
+        attach(model, Prefix([torch.zeros(4, 5, 8)] * 2, [torch.zeros(4, 5, 8)] * 2))
+    with pytest.raises(NotImplementedError, match="meta device"):
+        Prefix.random(model, 5)
+
+
+def test_positions_counted_in_an_unknown_way_are_refused(attach: Any) -> None:
+    config = transformers.EsmConfig(
+        vocab_size=33,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        position_embedding_type="absolute",
+        pad_token_id=1,
+    )
+    model = transformers.EsmForMaskedLM(config)
+    with pytest.raises(NotImplementedError, match="counts positions in a way"):
+        attach(model, Prefix.zeros(model, 5))
+    assert not hasattr(model, "prefixattn")
