@@ -15,7 +15,7 @@ class BaseSizes:
     num_layers: int = 4
     num_heads: int = 6
     num_key_value_heads: int = 2
-    steps: int = 320
+    steps: int = 240
     batch: int = 8
     context: int = 256
     matrix_lr: float = 2e-2  # Muon's, for the hidden matrices
@@ -27,10 +27,10 @@ class TuneSizes:
     """The prefix and its training, and how much of the held-out half is looked at."""
 
     prefix_tokens: int = 64
-    steps: int = 100
+    steps: int = 80
     batch: int = 16
     lr: float = 0.3
-    measure_every: int = 25  # steps between two held-out losses
+    measure_every: int = 20  # steps between two held-out losses
     held_out: int = 128  # functions for the held-out loss
     answered: int = 64  # of these, the functions that are answered for the overlap
     shown: int = 3  # of these, the answers that are printed
