@@ -19,19 +19,30 @@ def own_configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+# By config and name: how many models have set it, the name before, and the config, which keeps its
+# id its own. Models that were built from one config object share it.
+_users: dict[tuple[int, str], tuple[int, str, Any]] = {}
+
+
 def set_implementation(name: str, configs: Sequence[Any]) -> Callable[[], None]:
     """Have all ``configs`` name this attention implementation.
 
     Returns:
-        What sets them back. A configuration that was given another name meanwhile keeps that one.
+        What sets them back, once the last model that shares a configuration asks for it. A
+        configuration that was given another name meanwhile keeps that one.
     """
-    before = [config._attn_implementation_internal for config in configs]
     for config in configs:
+        unset = (0, config._attn_implementation_internal, config)
+        count, before, _ = _users.get((id(config), name), unset)
+        _users[id(config), name] = (count + 1, before, config)
         config._attn_implementation_internal = name
 
     def restore() -> None:
-        for config, old in zip(configs, before, strict=True):
-            if config._attn_implementation_internal == name:
-                config._attn_implementation_internal = old
+        for config in configs:
+            count, before, _ = _users.pop((id(config), name))
+            if count > 1:
+                _users[id(config), name] = (count - 1, before, config)
+            elif config._attn_implementation_internal == name:
+                config._attn_implementation_internal = before
 
     return restore

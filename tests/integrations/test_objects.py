@@ -1,5 +1,6 @@
 """An attached model as an object: replaced, pickled, on a device without numbers."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,20 @@ def test_a_pickled_model_works_in_a_new_process(llama: Any, attach: Any, tmp_pat
     command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+def test_two_models_of_one_config(llama: Any, attach: Any) -> None:
+    other = type(llama.model)(llama.model.config).double().eval()
+    before = llama.model.config._attn_implementation
+    first = attach(llama.model, llama.prefix())
+    second = attach(other, Prefix.from_text(copy.deepcopy(other), llama.text))
+    expected = other(llama.input_ids).logits
+    first.detach()
+    assert torch.equal(llama.model(llama.input_ids).logits, llama.plain)
+    assert torch.equal(other(llama.input_ids).logits, expected)
+    second.detach()
+    assert llama.model.config._attn_implementation == before
 
 
 def test_a_model_without_weights_is_refused(attach: Any) -> None:
