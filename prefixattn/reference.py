@@ -113,13 +113,13 @@ def _attend(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     halves = [
         (
             score.masked_fill(~seen, -torch.inf),
-            _values(p, p.value, used, dtype),
+            _values(p.value, used, dtype),
             _keep(p, p.P, p.N),
         ),
     ]
     prefix_half = (
         prefix_score.masked_fill(~prefix_seen, -torch.inf),
-        _values(p, prefix_value, prefix_used, dtype),
+        _values(prefix_value, prefix_used, dtype),
         _keep(p, 0, p.P),
     )
     if p.prefix_gate is None:
@@ -162,7 +162,7 @@ def _score(p: Problem, key: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
     return score if p.softcap is None else p.softcap * torch.tanh(score / p.softcap)
 
 
-def _values(p: Problem, value: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+def _values(value: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
     """Values `[B, H_kv, K, D_v]` with unused slots zeroed."""
     return torch.where(used[:, None, :, None], value.to(dtype), 0)
 
