@@ -2,9 +2,10 @@
 # Nothing is installed globally. `make PYTHON=/path/to/python3.12 …` chooses the interpreter.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report clean
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
 VENV := .venv
@@ -13,13 +14,26 @@ STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
 LOG := $(VENV)/install.log
 
+# The oldest and the newest Triton that is supported; each gets an environment below .venv.
+TRITONS := $(or $(shell sed -n 's/^triton>=\([^,]*\),<=\([^ ]*\).*/\1 \2/p' constraints.txt), \
+    $(error constraints.txt: expected a line triton>=OLDEST,<=NEWEST))
+TRITON_TESTS := $(TRITONS:%=test-triton-%)
+TRITON_STAMPS := $(TRITONS:%=$(VENV)/triton-%/.installed)
+.PHONY: $(TRITON_TESTS)
+# The interpreter of Triton 3.6 fails with numpy 2.4.
+WITH_TRITON_3.6.0 := numpy==2.3.5
+
 help:
-	@echo "make demo    train, check against PEFT, generate, save and reload: the tour (minutes)"
-	@echo "make test    the tests (ARGS='-k name' passes arguments to pytest)"
-	@echo "make lint    ruff and mypy"
-	@echo "make types   mypy alone"
-	@echo "make bench   measure the operation on this machine"
-	@echo "make clean   remove .venv, caches and build leftovers"
+	@echo "make demo                train, check against PEFT, generate, save, reload (minutes)"
+	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
+	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
+	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
+	@echo "make lint                ruff and mypy"
+	@echo "make types               mypy alone"
+	@echo "make bench               measure the operation on this machine's CPU"
+	@echo "make bench-gpu           measure it on a GPU, with that machine's own python3"
+	@echo "make compile-report      compile the kernels ahead of time: registers, spills, shared memory"
+	@echo "make clean               remove .venv, caches and build leftovers"
 
 demo: $(STAMP)
 	@$(BIN)/prefixattn demo $(ARGS)
@@ -27,6 +41,25 @@ demo: $(STAMP)
 # One thread for each worker: two workers that each take every core are slower than one.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+test-triton-matrix: $(TRITON_TESTS)
+
+# -P keeps this folder off the path, as it is for .venv/bin/pytest.
+$(TRITON_TESTS): test-triton-%: $(VENV)/triton-%/.installed
+	@OMP_NUM_THREADS=1 $(VENV)/triton-$*/bin/python -P -m pytest -n $(WORKERS) -m triton $(ARGS)
+
+# A machine with a GPU brings a torch and a Triton of its own, and may have no internet: these two
+# take them as they are, and prefixattn from this checkout. `make test-gpu GPU_PYTHON=.venv/bin/python`
+# chooses another Python. Only files that hold GPU tests are read: the rest import more packages.
+ON_GPU := env -u TRITON_INTERPRET PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
+
+test-gpu:
+	@$(ON_GPU) .ci/check_gpu.py numpy safetensors pytest hypothesis
+	@$(ON_GPU) -m pytest -m gpu $(ARGS) $$(grep -rl 'pytest\.mark\.gpu' --include='test_*.py' tests)
+
+bench-gpu:
+	@$(ON_GPU) .ci/check_gpu.py safetensors rich transformers
+	@$(ON_GPU) -m benchmarks.gpu $(ARGS)
 
 lint: $(STAMP)
 	@echo "ruff check"; $(BIN)/ruff check .
@@ -38,6 +71,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.attention $(ARGS)
+
+compile-report: $(STAMP)
+	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_report $(ARGS)
 
 # The stamp is written last. An install that was interrupted leaves $(UNFINISHED) behind, and the
 # next one starts from an empty environment.
@@ -62,6 +98,18 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "The install failed; the whole of its output is in $(LOG)."; exit 1; }
 	@rm -f $(UNFINISHED); touch $(STAMP)
 	@echo "$(VENV) is ready"
+
+# Triton, and what it needs, in front of .venv's packages. Nothing of an interrupted install is kept.
+$(TRITON_STAMPS): $(VENV)/triton-%/.installed: $(STAMP)
+	@echo "making $(@D) with Triton $* over $(VENV)'s packages"
+	@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check \
+	    --no-deps triton==$* $(WITH_TRITON_$*)
+	@site='import site; print(site.getsitepackages()[0])'; \
+	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
+	    > "$$($(@D)/bin/python -c "$$site")/venv.pth"
+	@$(@D)/bin/python -c 'import torch, triton; assert triton.__version__ == "$*", triton'
+	@touch $@
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

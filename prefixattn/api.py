@@ -109,7 +109,7 @@ def prefix_attention(
     problem = make_problem(**arguments)
     if problem.dropout_p > 0:
         problem = replace(problem, dropout_seed=new_seed(query.device))
-    out, lse = attention(problem, choose(implementation))
+    out, lse = attention(problem, choose(implementation, problem))
     return (out, lse) if return_lse else out
 
 

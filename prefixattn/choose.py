@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
+
+import torch
 
 from prefixattn.problem import Problem
 
@@ -11,13 +15,56 @@ from prefixattn.problem import Problem
 class Implementation(NamedTuple):
     """One way to compute the operation.
 
-    `obstacle` says why it cannot run on this machine (None: it can), `words` how it would compute
-    a problem.
+    `obstacle` says why it cannot run on this machine, `refusal` why it cannot take a problem (None:
+    it can), `words` how it would compute one. `obstacle` is told whether it was asked for by name.
     """
 
     name: str
-    obstacle: Callable[[], str | None]
+    obstacle: Callable[[bool], str | None]
+    refusal: Callable[[Problem], str | None]
     words: Callable[[Problem], str]
+
+
+HAS_TRITON = find_spec("triton") is not None
+WIDEST_HEAD = 256
+LONGEST_STRIDE = 2**24  # a tile's offsets have 32 bits
+
+
+def _triton_obstacle(by_name: bool) -> str | None:
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if _interpreted():
+        return None if by_name else "TRITON_INTERPRET=1 interprets the kernels: slow, by name only"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA or ROCm device (TRITON_INTERPRET=1 interprets the kernels)"
+    return None
+
+
+def _triton_refusal(p: Problem) -> str | None:
+    if p.query.dtype == torch.float64:
+        return "its kernels take float16, bfloat16 and float32, not float64"
+    if max(p.D, p.D_v) > WIDEST_HEAD:
+        return f"its kernels take head dims up to {WIDEST_HEAD}, not {max(p.D, p.D_v)}"
+    for name in ("attn_mask", "prefix_bias"):
+        bias = getattr(p, name)
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return f"its kernels have no gradient for {name}"
+    for name in ("query", "key", "value", "prefix_key", "prefix_value"):
+        if getattr(p, name).stride(2) >= LONGEST_STRIDE:
+            return f"its kernels take {name} with under 2^24 numbers from a token to the next"
+    if _interpreted():
+        return None
+    device = p.query.device
+    if device.type != "cuda":
+        return f"its kernels take tensors on a CUDA or ROCm device, not on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need compute capability 8.0 or newer"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU, as Triton itself reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _sdpa_words(problem: Problem) -> str:
@@ -26,54 +73,81 @@ def _sdpa_words(problem: Problem) -> str:
     return sdpa.describe(problem)
 
 
+def _anything(problem: Problem) -> None:
+    return None
+
+
 # In the order of preference.
 IMPLEMENTATIONS = (
     Implementation(
         "triton",
-        lambda: "the Triton kernels are not part of this version",
-        lambda problem: "fused Triton kernels",
+        _triton_obstacle,
+        _triton_refusal,
+        lambda problem: "fused Triton kernels: prefix and sequence in one loop, where they lie",
     ),
     Implementation(
         "cpu",
-        lambda: "the C++ kernels are not part of this version",
+        lambda by_name: "the C++ kernels are not part of this version",
+        _anything,
         lambda problem: "fused C++ kernels",
     ),
-    Implementation("sdpa", lambda: None, _sdpa_words),
+    Implementation("sdpa", lambda by_name: None, _anything, _sdpa_words),
     Implementation(
-        "reference", lambda: None, lambda problem: "eager PyTorch that materialises all scores"
+        "reference",
+        lambda by_name: None,
+        _anything,
+        lambda problem: "eager PyTorch that materialises all scores",
     ),
 )
 NAMES = tuple(found.name for found in IMPLEMENTATIONS)
 
 
-def choose(implementation: str) -> str:
-    """The name of the implementation that runs: the first usable one, or the one asked for.
+def choose(implementation: str, problem: Problem | None = None) -> str:
+    """The name of the implementation that runs: the first that can, or the one asked for.
+
+    Args:
+        implementation: "auto" or a name.
+        problem: a checked problem; None asks about this machine alone.
 
     Raises:
         ValueError: `implementation` is no name of one.
-        NotImplementedError: the one asked for cannot run. It never falls back.
+        NotImplementedError: the one asked for cannot run, or not with this problem. It never falls
+            back.
     """
     if implementation not in ("auto", *NAMES):
         raise ValueError(
             f"implementation: expected 'auto' or one of {', '.join(NAMES)}, got {implementation!r}"
         )
-    for name, obstacle, _ in IMPLEMENTATIONS:
-        if implementation == "auto" and obstacle() is None:
-            return name
-        if implementation == name and (reason := obstacle()) is not None:
-            raise NotImplementedError(f"implementation: {name!r} cannot run here: {reason}")
+    for found in IMPLEMENTATIONS:
+        if implementation == "auto" and _reason(found, problem, by_name=False) is None:
+            return found.name
+        if implementation == found.name:
+            reason = _reason(found, problem, by_name=True)
+            if reason is not None:
+                raise NotImplementedError(
+                    f"implementation: {implementation!r} cannot run here: {reason}"
+                )
     return implementation
+
+
+def _reason(found: Implementation, problem: Problem | None, by_name: bool) -> str | None:
+    """Why an implementation cannot run; None if it can."""
+    reason = found.obstacle(by_name)
+    if reason is None and problem is not None:
+        reason = found.refusal(problem)
+    return reason
 
 
 def explanation(problem: Problem, implementation: str) -> str:
     """The choice in words, then a line for each implementation."""
     try:
-        lines = [f"{choose(implementation)} runs (implementation={implementation!r})"]
+        lines = [f"{choose(implementation, problem)} runs (implementation={implementation!r})"]
     except NotImplementedError as error:
         lines = [f"nothing runs: {error}"]
-    for name, obstacle, words in IMPLEMENTATIONS:
-        reason = obstacle()
-        lines.append(
-            f"  {name} can: {words(problem)}" if reason is None else f"  {name} cannot: {reason}"
-        )
+    for found in IMPLEMENTATIONS:
+        reason = _reason(found, problem, by_name=implementation == found.name)
+        if reason is None:
+            lines.append(f"  {found.name} can: {found.words(problem)}")
+        else:
+            lines.append(f"  {found.name} cannot: {reason}")
     return "\n".join(lines)

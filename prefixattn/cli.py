@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prefixattn.choose import IMPLEMENTATIONS
+from prefixattn.choose import IMPLEMENTATIONS, choose
 
 app = typer.Typer(
     help="Prefix attention: a prefix and a sequence in one softmax, with no copies.",
@@ -42,14 +42,15 @@ def info() -> None:
     machine.add_row("instructions", torch.backends.cpu.get_cpu_capability())
     machine.add_row("gpu", _gpu())
     console.print(machine)
-    chosen = next(name for name, obstacle, _ in IMPLEMENTATIONS if obstacle() is None)
+    chosen = choose("auto")
     table = Table(
         "implementation", "runs here", "why", title="Implementations", title_justify="left"
     )
-    for name, obstacle, _ in IMPLEMENTATIONS:
-        reason = obstacle()
-        why = reason or ('what implementation="auto" takes' if name == chosen else "by name")
-        table.add_row(name, "no" if reason else "yes", why)
+    for found in IMPLEMENTATIONS:
+        reason = found.obstacle(True)
+        taken = found.name == chosen
+        why = reason or ('what implementation="auto" takes' if taken else "by name")
+        table.add_row(found.name, "no" if reason else "yes", why)
     console.print(table)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +19,16 @@ from prefixattn.problem import DIFFERENTIABLE, FIELD_NAMES, Problem, schema_argu
 from prefixattn.rules import check_values
 
 NAMESPACE = "prefixattn"
-MODULES = {"reference": "prefixattn.reference", "sdpa": "prefixattn.sdpa"}
+FORWARD = {
+    "triton": "prefixattn.kernels.forward",
+    "sdpa": "prefixattn.sdpa",
+    "reference": "prefixattn.reference",
+}
+BACKWARD = {
+    "triton": "prefixattn.kernels.backward",
+    "sdpa": "prefixattn.sdpa",
+    "reference": "prefixattn.reference",
+}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
@@ -64,15 +72,11 @@ def _refuse_transforms(problem: Problem) -> None:
         raise NotImplementedError("prefix_attention has no forward-mode derivative")
 
 
-def _module(implementation: str) -> ModuleType:
-    return importlib.import_module(MODULES[implementation])
-
-
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem, implementation = Problem(*arguments[:-1]), arguments[-1]
     check_values(problem)
     with _no_autocast(problem):
-        out, lse = _module(implementation).forward(problem)
+        out, lse = importlib.import_module(FORWARD[implementation]).forward(problem)
     declared_out, declared_lse = problem.empty_output()
     return _laid_out(out, declared_out), _laid_out(lse, declared_lse)
 
@@ -84,7 +88,8 @@ def _backward(
     if dout is not None and dout.shape[-1] > 1 and dout.stride(-1) != 1:
         dout = dout.contiguous()  # an expanded gradient, of a sum, say
     with _no_autocast(problem):
-        grads = _module(implementation).backward(problem, dout, dlse, out, lse, tuple(wanted))
+        module = importlib.import_module(BACKWARD[implementation])
+        grads = module.backward(problem, dout, dlse, out, lse, tuple(wanted))
     return [
         _laid_out(grad, torch.empty_like(getattr(problem, name)))
         for name, grad in zip(wanted, grads, strict=True)

@@ -1,8 +1,9 @@
 """Inputs, float64 truth and the error budget, for tests and benchmarks.
 
 The budget is derived, never tuned: against float64 truth an implementation may err twice as much
-(gradients: three times) as plain eager attention computed in the same precision does, plus a
-rounding band of a few units in the last place. It is FlashAttention's rule.
+(gradients: three times) as plain eager attention computed in the same precision does. It is
+FlashAttention's rule. Eager's error counts as two units in the last place more than it happens to
+be: on a tiny problem it can vanish by luck.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from prefixattn.api import make_problem, prefix_attention
 from prefixattn.problem import DIFFERENTIABLE, Problem
 
 Inputs = dict[str, Any]
-OUTPUT_FACTOR, GRADIENT_FACTOR, BAND = 2.0, 3.0, 4.0
+OUTPUT_FACTOR, GRADIENT_FACTOR, BAND = 2.0, 3.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,13 @@ class Results:
 Run = Callable[[Inputs], tuple[Tensor, Tensor]]
 
 
-def evaluate(inputs: Inputs, run: Run, with_lse_gradient: bool = True, seed: int = 1) -> Results:
+def evaluate(
+    inputs: Inputs,
+    run: Run,
+    with_lse_gradient: bool = True,
+    seed: int = 1,
+    frozen: tuple[str, ...] = (),
+) -> Results:
     """Run forward and backward, with random upstream gradients that depend on `seed` only.
 
     Args:
@@ -164,11 +171,15 @@ def evaluate(inputs: Inputs, run: Run, with_lse_gradient: bool = True, seed: int
         run: from inputs to output and lse.
         with_lse_gradient: whether a gradient comes through lse too.
         seed: of the upstream gradients, drawn in float64.
+        frozen: differentiable arguments that take no gradient this time.
     """
     leaves = {
         name: value.detach().requires_grad_()
         for name, value in inputs.items()
-        if name in DIFFERENTIABLE and isinstance(value, Tensor) and value.is_floating_point()
+        if name in DIFFERENTIABLE
+        and name not in frozen
+        and isinstance(value, Tensor)
+        and value.is_floating_point()
     }
     out, lse = run({**inputs, **leaves})
     generator = torch.Generator().manual_seed(seed)
@@ -193,6 +204,11 @@ def run_implementation(name: str) -> Run:
         return out, lse
 
     return run
+
+
+def widest(implementation: str) -> torch.dtype:
+    """The most precise dtype an implementation takes."""
+    return torch.float32 if implementation == "triton" else torch.float64
 
 
 def truth(inputs: Inputs, with_lse_gradient: bool = True) -> Results:
@@ -255,9 +271,8 @@ def _fault(
     # In float64 the truth rounds as the implementation does: any two orders of summation agree.
     unit = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
     band = BAND * unit * max(1.0, exact.abs().max().item())
-    if error <= factor * plain_error + band:
-        return ""
-    return f"{name}: error {error:.2e}, budget {factor * plain_error + band:.2e}"
+    budget = factor * (plain_error + band)
+    return "" if error <= budget else f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
 @contextmanager

@@ -1,25 +1,83 @@
 """What every test gets: fixed seeds, and a skip with its reason where a device is missing."""
 
+import importlib
+import os
 import random
+import sys
 import zlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = find_spec("triton") is not None
+
+# Without a device Triton interprets the kernels. It reads this once, when it is imported.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two busy cores make any single example late now and then; that says nothing about the code.
 hypothesis.settings.register_profile("prefixattn", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("prefixattn")
 
 
+def pytest_report_header() -> str:
+    if not HAS_TRITON:
+        return f"torch {torch.__version__}, no triton"
+    import triton
+
+    how = "interpreted" if triton.knobs.runtime.interpret else "compiled"
+    return f"torch {torch.__version__}, triton {triton.__version__} ({how})"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    absent = {}
+    if not HAS_GPU:
+        absent["gpu"] = "needs a CUDA or ROCm device, and torch finds none here"
+    if not HAS_TRITON:
+        absent["triton"] = "needs the package triton, which is not installed here"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            reason = "needs a CUDA or ROCm device, and torch finds none here"
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Half of the interpreter's time: at each call of a helper it patches Triton's language anew.
+
+    Once for a launch is enough, for each of the modules by which helpers know the language.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None and HAS_TRITON and not HAS_GPU:
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+    if interpreter is None:
+        yield
+        return
+    launch, patch, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()  # type: ignore[var-annotated]
+
+    def launch_once(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            launch(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    def patch_once(fn: Any) -> Any:
+        seen = tuple(id(fn.__globals__.get(name)) for name in ("tl", "core"))
+        if seen in patched:
+            return None
+        patched.add(seen)
+        return patch(fn)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter.GridExecutor, "__call__", launch_once)
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -37,11 +37,12 @@ torch.testing.assert_close(out, scores.softmax(-1) @ values)
 
 
 def run_fresh(code: str, cwd: Path, **env: str) -> str:
-    """What `code` prints in an interpreter of its own, started in `cwd`."""
+    """What `code` prints in an interpreter of its own, started in `cwd` as a user would."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env},
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env},
         capture_output=True,
         text=True,
         timeout=120,

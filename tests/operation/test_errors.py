@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefixattn import explain, prefix_attention
+from prefixattn import choose, explain, prefix_attention
+from prefixattn.api import make_problem
 from prefixattn.testing import Case, make_inputs
 
 BASE = Case("base", B=2, H=4, H_kv=2, M=5, N=6, P=3, D=8)
@@ -80,7 +81,6 @@ WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"cu_seqlens_q": ints(0, 5)}, ValueError, "cu_seqlens_k: expected a tensor"),
     ({"cu_seqlens_q": ints(0, 5), "cu_seqlens_k": ints(0, 6)}, ValueError, "query: expected B = 1"),
     ({"implementation": "cuda"}, ValueError, "implementation: expected 'auto' or one of"),
-    ({"implementation": "triton"}, NotImplementedError, "implementation: 'triton' cannot run"),
     ({"implementation": "cpu"}, NotImplementedError, "implementation: 'cpu' cannot run"),
 )
 WRONG_PACKED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
@@ -117,6 +117,71 @@ def test_wrong_packed_input(change: dict[str, Any], error: type[Exception], mess
     prefix_attention(**inputs)
     with pytest.raises(error, match=message):
         prefix_attention(**(inputs | change))
+
+
+def test_triton_refuses_cpu_tensors_unless_it_is_interpreted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = make_inputs(BASE, torch.float32)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for found, message in ((False, "torch finds no CUDA or ROCm device"), (True, "not on cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        monkeypatch.setattr(choose, "HAS_TRITON", True)
+        with pytest.raises(NotImplementedError, match=f"'triton' cannot run here: .*{message}"):
+            prefix_attention(**inputs, implementation="triton")
+    monkeypatch.setattr(choose, "HAS_TRITON", False)
+    with pytest.raises(NotImplementedError, match="the package triton is not installed"):
+        prefix_attention(**inputs, implementation="triton")
+
+
+NOT_FOR_TRITON: tuple[tuple[Case, torch.dtype, dict[str, Any], str], ...] = (
+    (BASE, torch.float64, {}, "take float16, bfloat16 and float32, not float64"),
+    (Case("wide", D=272), torch.float32, {}, "head dims up to 256, not 272"),
+    (
+        BASE,
+        torch.float32,
+        {"attn_mask": torch.zeros(1, requires_grad=True)},
+        "no gradient for attn_mask",
+    ),
+    (
+        BASE,
+        torch.float32,
+        {"prefix_bias": torch.zeros(1, requires_grad=True)},
+        "no gradient for prefix_bias",
+    ),
+    (
+        BASE,
+        torch.float32,
+        {"prefix_key": torch.empty(2**25 + 32).as_strided((1, 2, 3, 8), (0, 16, 2**24, 1))},
+        r"take prefix_key with under 2\^24 numbers from a token to the next",
+    ),
+)
+
+
+@pytest.mark.parametrize(("case", "dtype", "change", "message"), NOT_FOR_TRITON)
+def test_what_triton_refuses_auto_gives_to_another(
+    case: Case,
+    dtype: torch.dtype,
+    change: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choose, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = make_inputs(case, dtype) | change
+    problem = make_problem(**inputs)
+    with pytest.raises(NotImplementedError, match=f"'triton' cannot run here: .*{message}"):
+        choose.choose("triton", problem)
+    assert choose.choose("auto", problem) == "sdpa"
+    assert message.replace("\\", "") in explain(**inputs, implementation="triton")
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = make_inputs(BASE, torch.float32)
+    assert choose.choose("auto", make_problem(**inputs)) == "sdpa"
+    assert "triton cannot: TRITON_INTERPRET=1 interprets the kernels" in explain(**inputs)
 
 
 def test_a_bank_that_is_neither_shared_nor_one_each() -> None:

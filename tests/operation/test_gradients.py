@@ -8,8 +8,9 @@ from torch import Tensor
 
 from prefixattn import prefix_attention
 from prefixattn.problem import DIFFERENTIABLE
-from prefixattn.testing import Case, make_inputs
+from prefixattn.testing import Case, make_inputs, widest
 
+IMPLEMENTATIONS = ("reference", "sdpa", pytest.param("triton", marks=pytest.mark.triton))
 CASES = (
     Case(
         "joint",
@@ -67,12 +68,12 @@ def test_gradcheck(case: Case, implementation: str) -> None:
     assert torch.autograd.gradcheck(run, leaves, fast_mode=False)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("wanted", [("prefix_value",), ("query", "prefix_key"), ("sinks",)])
 def test_only_the_gradients_asked_for(
     implementation: str, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = make_inputs(Case("frozen", sinks=True), torch.float64)
+    inputs = make_inputs(Case("frozen", sinks=True), widest(implementation))
     for name in wanted:
         inputs[name].requires_grad_()
     asked: list[list[str]] = []
@@ -90,9 +91,9 @@ def test_only_the_gradients_asked_for(
             assert (inputs[name].grad is not None) == (name in wanted)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_gradient_of_lse_alone(implementation: str) -> None:
-    inputs = make_inputs(Case("lse"), torch.float64)
+    inputs = make_inputs(Case("lse"), widest(implementation))
     inputs["prefix_key"].requires_grad_()
     _, lse = prefix_attention(**inputs, return_lse=True, implementation=implementation)
     lse.sum().backward()
@@ -127,7 +128,7 @@ def test_no_second_derivative_is_said_clearly() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("implementation", ["reference", "sdpa"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_deterministic_gives_the_same_bits(implementation: str) -> None:
     case = Case("again", B=5, R=3, index=(2, -1, 0, 2, 2), M=40, N=40, P=9)
     runs = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,15 +18,19 @@ from prefixattn.testing import (
     poisoned_memory,
     run_implementation,
     truth,
+    widest,
     with_dropout,
 )
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WITHOUT_GRADIENT = {"triton": ("attn_mask", "prefix_bias")}
 
 CASES = (
     Case("plain", causal=False),
     Case("causal", M=23, N=23),
     Case("causal-long", B=1, M=300, N=300, P=70),  # several blocks of every kernel
+    Case("causal-tiles", B=1, H=2, H_kv=1, M=50, N=50, P=40),  # the same, for an interpreter
+    Case("decode-tiles", B=3, H_kv=1, M=1, N=150, P=40, R=2, index=(1, -1, 1)),
     Case("bottom-right", M=5, N=12),
     Case("more-queries-than-keys", M=9, N=4),  # the first queries see the prefix only
     Case("decode", B=3, M=1, N=33, P=17),
@@ -132,14 +138,50 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_sdpa_meets_the_reference(case: Case, dtype: torch.dtype, device: str) -> None:
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is not interpreted here"
+)
+
+
+def runs() -> list[object]:
+    """Implementation, device, dtype and case. Triton's interpreter is slow: see `interpretable`."""
+    found = []
+    for name, device, dtypes, marks in (
+        ("sdpa", "cpu", DTYPES, ()),
+        ("sdpa", "cuda", DTYPES, (pytest.mark.gpu,)),
+        ("triton", "cpu", DTYPES[1:], (pytest.mark.triton, INTERPRETED)),
+        ("triton", "cuda", DTYPES[1:], (pytest.mark.triton, pytest.mark.gpu)),
+    ):
+        for dtype in dtypes:
+            for case in CASES:
+                if (name, device) != ("triton", "cpu") or interpretable(case, dtype):
+                    words = (name, device, str(dtype).removeprefix("torch."), case.name)
+                    found.append(
+                        pytest.param(name, device, dtype, case, marks=marks, id="-".join(words))
+                    )
+    return found
+
+
+def interpretable(case: Case, dtype: torch.dtype) -> bool:
+    """Whether Triton's interpreter takes a case: all but a long one, in float32; a few in others.
+
+    It multiplies in float32 whatever the dtype is, so that those test the casts alone.
+    """
+    few = ("causal", "decode", "index-ragged", "gate", "everything", "packed-everything")
+    return case.name != "causal-long" and (dtype == torch.float32 or case.name in few)
+
+
+@pytest.mark.parametrize(("implementation", "device", "dtype", "case"), runs())
+def test_an_implementation_meets_the_reference(
+    implementation: str, device: str, dtype: torch.dtype, case: Case
+) -> None:
     inputs = make_inputs(case, dtype, device)
-    with_lse_gradient = dtype == torch.float64  # it takes the block path; the next test takes both
+    # An lse gradient takes sdpa to its blocks; the next test has both of its paths.
+    with_lse_gradient = implementation == "triton" or dtype == torch.float64
+    frozen = WITHOUT_GRADIENT.get(implementation, ())
     with poisoned_memory():
-        got = evaluate(inputs, run_implementation("sdpa"), with_lse_gradient)
+        run = run_implementation(implementation)
+        got = evaluate(inputs, run, with_lse_gradient, frozen=frozen)
     assert_within_budget(got, inputs, with_lse_gradient)
 
 
@@ -245,8 +287,25 @@ def test_sdpa_meets_the_reference_on_random_problems(case: Case, seed: int, lse:
     assert_within_budget(got, inputs, lse)
 
 
+@pytest.mark.triton
+@INTERPRETED
+@given(cases(), st.integers(0, 2**20), st.booleans(), st.sampled_from(DTYPES[1:]))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_triton_meets_the_reference_on_random_problems(
+    case: Case, seed: int, lse: bool, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(case, dtype, seed=seed)
+    with poisoned_memory():
+        run, frozen = run_implementation("triton"), WITHOUT_GRADIENT["triton"]
+        got = evaluate(inputs, run, lse, frozen=frozen)
+    assert_within_budget(got, inputs, lse)
+
+
+DROPPED = ("plain", "index-ragged", "gate", "packed-index", "left-padding")
+
+
 @pytest.mark.parametrize("small_blocks", [False, True], ids=["one-block", "small-blocks"])
-@pytest.mark.parametrize("name", ["plain", "index-ragged", "gate", "packed-index", "left-padding"])
+@pytest.mark.parametrize("name", DROPPED)
 def test_dropout_is_the_same_everywhere(
     name: str, small_blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,16 +313,28 @@ def test_dropout_is_the_same_everywhere(
     if small_blocks:
         monkeypatch.setattr(blocks, "BLOCK_QUERIES", 4)
         monkeypatch.setattr(blocks, "BLOCK_SCORES", 2**9)
+    agree_on_dropout(name, "sdpa")
+
+
+@pytest.mark.triton
+@INTERPRETED
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout_in_the_kernels(name: str) -> None:
+    agree_on_dropout(name, "triton")
+
+
+def agree_on_dropout(name: str, implementation: str) -> None:
+    """An implementation drops what the reference drops."""
     case = next(case for case in CASES if case.name == name)
-    inputs = make_inputs(case, torch.float64)
+    inputs = make_inputs(case, widest(implementation))
     dropped = [
-        evaluate(inputs, with_dropout(inputs, 0.4, seed=7, implementation=implementation))
-        for implementation in ("reference", "sdpa")
+        evaluate(inputs, with_dropout(inputs, 0.4, seed=7, implementation=found))
+        for found in ("reference", implementation)
     ]
     torch.testing.assert_close(dropped[0].out, dropped[1].out)
     torch.testing.assert_close(dropped[0].lse, dropped[1].lse)
     for argument, grad in dropped[0].grads.items():
         torch.testing.assert_close(grad, dropped[1].grads[argument], msg=f"d{argument}")
     kept = truth(inputs)
-    assert not torch.allclose(dropped[0].out, kept.out)
-    torch.testing.assert_close(dropped[0].lse, kept.lse)
+    assert not torch.allclose(dropped[0].out.double(), kept.out)
+    torch.testing.assert_close(dropped[0].lse, kept.lse, check_dtype=False)

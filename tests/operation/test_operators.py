@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 
 from prefixattn import aten, prefix_attention
 from prefixattn.api import make_problem
-from prefixattn.testing import Case, assert_within_budget, evaluate, make_inputs
+from prefixattn.testing import Case, assert_within_budget, evaluate, make_inputs, widest
 
-IMPLEMENTATIONS = ("reference", "sdpa")
+IMPLEMENTATIONS = ("reference", "sdpa", pytest.param("triton", marks=pytest.mark.triton))
 CASES = (
     Case("plain"),
     Case("gated-packed", B=1, M=6, N=6, R=2, segments=((2, 2), (4, 4)), gate=True, sinks=True),
@@ -29,7 +29,7 @@ def _forget_compiled_graphs() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_opcheck(case: Case, implementation: str) -> None:
-    inputs = make_inputs(case, torch.float64, poison=False)
+    inputs = make_inputs(case, widest(implementation), poison=False)
     for name in ("query", "key", "prefix_key", "prefix_value"):
         inputs[name].requires_grad_()
     problem = make_problem(**inputs)
@@ -50,15 +50,17 @@ def _loss(**inputs: Any) -> Tensor:
     return out.square().sum() + lse.sum()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_forward_and_backward_match_eager(backend: str) -> None:
+def test_compiled_forward_and_backward_match_eager(backend: str, implementation: str) -> None:
     compiled = torch.compile(_loss, fullgraph=True, backend=backend)
     for case in CASES:
         grads = []
         for run in (_loss, compiled):
-            inputs = make_inputs(case, torch.float64, poison=False)
+            inputs = make_inputs(case, widest(implementation), poison=False)
             leaves = [inputs[name].requires_grad_() for name in ("query", "key", "prefix_key")]
-            grads.append(torch.autograd.grad(run(**inputs), leaves))
+            loss = run(**inputs, implementation=implementation)
+            grads.append(torch.autograd.grad(loss, leaves))
         torch.testing.assert_close(grads[1], grads[0])
 
 
@@ -128,7 +130,7 @@ def test_a_forward_mode_derivative_is_refused() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_output_changed_in_place_is_noticed(implementation: str) -> None:
     """The backward reads the output, as that of every flash attention does: torch must say so."""
-    inputs = make_inputs(Case("in-place"), torch.float64)
+    inputs = make_inputs(Case("in-place"), widest(implementation))
     inputs["query"].requires_grad_()
     out = prefix_attention(**inputs, implementation=implementation)
     changed = out.add_(1)
