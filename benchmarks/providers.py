@@ -54,12 +54,13 @@ class Tensors:
         return Tensors(*(x.detach().double() for x in self.all))
 
 
-def make_tensors(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Tensors:
+def make_tensors(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Tensors:
     """Random tensors as a model makes them: `[B, S, H, D]` in memory."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int, tokens: int, heads: int) -> Tensor:
-        x = torch.randn(rows, tokens, heads, shape.D, generator=generator).to(dtype)
+        size = (rows, tokens, heads, shape.D)
+        x = torch.randn(size, generator=generator, device=device).to(dtype)
         return x.transpose(1, 2).requires_grad_()
 
     keys = shape.C + shape.M
@@ -81,18 +82,18 @@ def ours(t: Tensors) -> Tensor:
 
 def cat_sdpa(t: Tensors) -> Tensor:
     """One concatenation a call and `causal_lower_right`: the best that plain PyTorch offers."""
-    key, value = _concatenated(t)
+    key, value = concatenated(t)
     bias = causal_lower_right(t.query.shape[2], key.shape[2])
     return scaled_dot_product_attention(t.query, key, value, attn_mask=bias, enable_gqa=True)
 
 
 def transformers_way(t: Tensors) -> Tensor:
     """What PEFT's users get: expand, concatenate, repeat the key heads, an explicit mask."""
-    key, value = _concatenated(t)
+    key, value = concatenated(t)
     group = t.query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     m, n = t.query.shape[2], key.shape[2]
-    mask = torch.ones(m, n, dtype=torch.bool).tril(n - m)[None, None]
+    mask = torch.ones(m, n, dtype=torch.bool, device=key.device).tril(n - m)[None, None]
     return scaled_dot_product_attention(t.query, key, value, attn_mask=mask)
 
 
@@ -105,7 +106,8 @@ def no_prefix(t: Tensors) -> Tensor:
     )
 
 
-def _concatenated(t: Tensors) -> tuple[Tensor, Tensor]:
+def concatenated(t: Tensors) -> tuple[Tensor, Tensor]:
+    """Keys and values with the prefix in front, a copy for each row."""
     rows = t.query.shape[0]
     key, value = (
         torch.cat([prefix.expand(rows, -1, -1, -1), own], dim=2)
