@@ -35,7 +35,8 @@ def test_every_head_dim_has_tiles(target: str, direction: str, bits: int) -> Non
         assert d <= shape.BLOCK_D
         assert d_v <= shape.BLOCK_DV
         split = bits == 32 and target != "gfx942" and max(d, d_v) <= 128
-        assert shape.PRECISION == ("tf32x3" if split else "ieee")
+        expected = "tf32x3" if split else "ieee"
+        assert shape.PRECISION == expected
 
 
 @pytest.mark.parametrize("direction", ["forward", "dq"])
