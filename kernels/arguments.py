@@ -91,11 +91,12 @@ def tiles_for(problem: Problem, direction: str) -> Tiles:
 
 def options(tiles: Tiles) -> dict[str, Any]:
     """The compiler's options of a launch."""
-    return {
+    found = {
         "num_warps": tiles.WARPS,
         "num_stages": tiles.STAGES,
         "enable_fp_fusion": True,  # its default is about to change
     }
+    return found | {"maxnreg": tiles.REGISTERS} if tiles.REGISTERS else found
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

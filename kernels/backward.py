@@ -85,7 +85,7 @@ def _upstream(p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: T
 def _delta(p: Problem, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     """`sum(dout * out) - dlse`, `[B, H, M]`."""
     delta = torch.empty(p.B, p.H, p.M, dtype=torch.float32, device=out.device)
-    shape = tiles_for(p, "dq")
+    shape = tiles_for(p, "dkv")
     blocks = triton.cdiv(p.M, shape.BLOCK_M)
     dlse = None if dlse is None else dlse.contiguous()
     _delta_kernel[(blocks * p.B * p.H,)](
