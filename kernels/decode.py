@@ -95,7 +95,7 @@ def launch(problem: Problem, out: Tensor, lse: Tensor) -> None:
         plan.prefix_splits,
         splits,
         shape,
-        num_warps=1,
+        **(options(shape) | {"num_warps": 1}),
     )
 
 

@@ -36,7 +36,7 @@ def test_every_head_dim_has_tiles(target: str, direction: str, bits: int) -> Non
         assert d_v <= shape.BLOCK_DV
         split = bits == 32 and target != "gfx942" and max(d, d_v) <= 128
         expected = "tf32x3" if split else "ieee"
-        assert shape.PRECISION == expected
+        assert expected == shape.PRECISION
 
 
 @pytest.mark.parametrize("direction", ["forward", "dq"])
