@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefixattn.kernels import config
 from prefixattn.kernels.config import Tiles
-from prefixattn.kernels.rows import FURTHEST, Where
+from prefixattn.kernels.rows import Where
 from prefixattn.kernels.scores import Bias, How
 from prefixattn.kernels.tile import INTERPRETED, View
 from prefixattn.problem import Problem
@@ -49,7 +49,7 @@ def how(problem: Problem) -> How:
         scale=float(p.scale),
         late_scale=_flag(plain and p.scale > 0),
         causal=_flag(p.is_causal),
-        window=None if p.window is None else min(p.window, FURTHEST.value),
+        window=p.window,
         prefix_window=_flag(p.windowed_prefix),
         softcap=None if p.softcap is None else float(p.softcap),
         alibi_slopes=_contiguous(p.alibi_slopes),
@@ -68,8 +68,6 @@ def lengths(problem: Problem) -> tuple[int, int, int, int, int, int | None]:
     offset = p.query_offset
     if offset is None and p.query_offsets is None and not p.packed:
         offset = p.N - p.M
-    if offset is not None:
-        offset = max(-FURTHEST.value, min(offset, FURTHEST.value))
     return p.rows, p.H_kv, p.M, p.N, p.P, offset
 
 

@@ -59,7 +59,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the `wanted` arguments, each in its own dtype."""
     p = problem
-    if p.B * p.M == 0:
+    if p.rows * p.M == 0:
         return [torch.zeros_like(getattr(p, name)) for name in wanted]
     with on_device_of(p.query):
         up = _upstream(p, torch.zeros_like(out) if dout is None else dout, dlse, out, lse)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-FURTHEST = tl.constexpr(2**30)  # positions are int32: offsets are clamped to this
+FURTHEST = tl.constexpr(2**30)  # further than any slot or query
 
 
 class Where(NamedTuple):
@@ -89,7 +89,6 @@ def locate(where, row, rows, M, N, P, query_offset):
     if where.query_offsets is not None:
         place = where.query_offsets + row * where.offset_stride
         offset = tl.load(place, mask=inside, other=0)
-        offset = tl.minimum(tl.maximum(offset, -FURTHEST), FURTHEST).to(tl.int32)
     elif query_offset is not None:
         offset = nothing + query_offset
     else:
@@ -174,7 +173,7 @@ def key_interval(position, in_prefix, at, how):
         if how.prefix_window is None:
             oldest = tl.where(in_prefix, low, oldest)
         low = tl.maximum(low, oldest)
-    return low, high
+    return narrow(low), narrow(high)
 
 
 @triton.jit
@@ -190,7 +189,15 @@ def query_interval(slot, in_prefix, at, how):
         if how.prefix_window is None:
             last = tl.where(in_prefix, high, last)
         high = tl.minimum(high, last)
-    return low, high
+    return narrow(low), narrow(high)
+
+
+@triton.jit
+def narrow(number):
+    """A slot or query number in 32 bits; positions may have 64, and lie beyond all of them."""
+    if number.dtype == tl.int64:
+        number = tl.minimum(tl.maximum(number, -FURTHEST), FURTHEST).to(tl.int32)
+    return number
 
 
 @triton.jit

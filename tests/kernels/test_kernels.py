@@ -128,6 +128,20 @@ def test_any_strides_with_a_contiguous_last_dimension() -> None:
     assert_within_budget(got, inputs)
 
 
+def test_no_segment_at_all() -> None:
+    """Every query is blind: zeros, -inf, and gradients of zero."""
+    empty = torch.zeros(1, dtype=torch.int32)
+    inputs = make_inputs(Case("none", B=1, M=5, N=5), torch.float32)
+    inputs |= {"cu_seqlens_q": empty, "cu_seqlens_k": empty, "is_causal": False}
+    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "prefix_value")]
+    with poisoned_memory():
+        out, lse = prefix_attention(**inputs, return_lse=True, implementation="triton")
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    assert not any(grad.any() for grad in grads)
+
+
 def test_what_is_kept_for_backward_does_not_grow_with_rows_times_prefix() -> None:
     """Inputs, output and lse: the prefix is held once, however many rows see it."""
     inputs = make_inputs(Case("kept", B=6, M=3, N=3, P=50), torch.float32)

@@ -47,6 +47,7 @@ CASES = (
     Case("offset", M=5, N=12, offset=3),
     Case("offset-negative", M=5, N=12, offset=-2),  # the first two queries see the prefix only
     Case("offset-past-the-end", M=3, N=4, offset=9),
+    Case("offset-of-64-bits", M=3, N=4, offset=(2**40, -(2**40)), window=2**50),
     Case("offset-by-row", M=5, N=12, offset=(2, 6)),
     Case("static-cache", M=3, N=20, offset=(8, 8), stops=(11, 11)),
     Case("left-padding", M=9, N=9, starts=(0, 4)),
