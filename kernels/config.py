@@ -64,7 +64,7 @@ HALF = {
         "dq": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 4, 2)),
         "dkv": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 4, 2)),
         "decode": ((64, 64, 8, 3), (64, 64, 8, 2), (16, 32, 8, 2)),
-        "decode16": ((16, 64, 4, 3), (16, 32, 4, 2), (16, 64, 8, 2)),
+        "decode16": ((16, 64, 4, 3), (16, 64, 8, 2), (16, 64, 8, 2)),
     },
     # dk and dv want BLOCK_M = 64 for the tensor cores' sake, but spill with it at 128. At 256 they
     # are launched apart, and 16 fits beside the BLOCK_N = 128 that 8 warps need for wgmma.
@@ -102,6 +102,14 @@ FULL = {
         "decode16": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     }
     for target in HALF
+} | {
+    "gfx942": {
+        "forward": ((64, 32, 8, 2), (16, 32, 8, 1), (16, 32, 4, 1)),
+        "dq": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+        "dkv": ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+        "decode": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "decode16": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    }
 }
 INTERPRETED = (16, 16, 4, 1)  # small: few numbers then cover many tiles
 
