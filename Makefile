@@ -2,7 +2,8 @@
 # Nothing is installed globally. `make PYTHON=/path/to/python3.12 …` chooses the interpreter.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report clean
+.PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
+    clean
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -33,6 +34,7 @@ help:
 	@echo "make bench               measure the operation on this machine's CPU"
 	@echo "make bench-gpu           measure it on a GPU, with that machine's own python3"
 	@echo "make compile-report      compile the kernels ahead of time: registers, spills, shared memory"
+	@echo "make wheel               a wheel with the C++ kernels inside, tried out without a compiler"
 	@echo "make clean               remove .venv, caches and build leftovers"
 
 demo: $(STAMP)
@@ -74,6 +76,9 @@ bench: $(STAMP)
 
 compile-report: $(STAMP)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_report $(ARGS)
+
+wheel: $(STAMP)
+	@$(BIN)/python .ci/wheel.py dist
 
 # The stamp is written last. An install that was interrupted leaves $(UNFINISHED) behind, and the
 # next one starts from an empty environment.
