@@ -67,6 +67,29 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _cpu_obstacle(by_name: bool) -> str | None:
+    """The first question builds the kernels, where that was not done yet."""
+    from prefixattn import build
+
+    return build.obstacle()
+
+
+# What torch.compiler.assume_constant_result sets; the function itself would import dynamo here.
+_cpu_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cpu_refusal(p: Problem) -> str | None:
+    if p.query.device.type != "cpu":
+        return f"its kernels take tensors on the CPU, not on {p.query.device.type}"
+    return None
+
+
+def _cpu_words(problem: Problem) -> str:
+    from prefixattn import cpu
+
+    return f"fused C++ kernels ({cpu.instructions()}): prefix and sequence, where they lie"
+
+
 def _sdpa_words(problem: Problem) -> str:
     from prefixattn import sdpa
 
@@ -85,12 +108,7 @@ IMPLEMENTATIONS = (
         _triton_refusal,
         lambda problem: "fused Triton kernels: prefix and sequence in one loop, where they lie",
     ),
-    Implementation(
-        "cpu",
-        lambda by_name: "the C++ kernels are not part of this version",
-        _anything,
-        lambda problem: "fused C++ kernels",
-    ),
+    Implementation("cpu", _cpu_obstacle, _cpu_refusal, _cpu_words),
     Implementation("sdpa", lambda by_name: None, _anything, _sdpa_words),
     Implementation(
         "reference",

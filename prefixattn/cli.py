@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from prefixattn import build
 from prefixattn.choose import IMPLEMENTATIONS, choose
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ def info() -> None:
         machine.add_row(package, _version(package))
     machine.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
     machine.add_row("instructions", torch.backends.cpu.get_cpu_capability())
+    machine.add_row("C++ kernels", build.state())
     machine.add_row("gpu", _gpu())
     console.print(machine)
     chosen = choose("auto")

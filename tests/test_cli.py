@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from prefixattn import cli
+from prefixattn import build, cli
 from prefixattn.choose import NAMES
 
 RUN = CliRunner()
@@ -17,7 +17,8 @@ def test_info_names_every_implementation_and_why() -> None:
     result = RUN.invoke(cli.app, ["info"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert all(name in result.output for name in NAMES)
-    assert "not part of this version" in result.output
+    assert "C++ kernels" in result.output
+    assert build.state() in result.output
     assert 'what implementation="auto" takes' in result.output
 
 

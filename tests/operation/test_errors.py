@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixattn import choose, explain, prefix_attention
+from prefixattn import build, choose, cpu, explain, prefix_attention, quick
 from prefixattn.api import make_problem
 from prefixattn.testing import Case, make_inputs
 
@@ -81,7 +81,6 @@ WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"cu_seqlens_q": ints(0, 5)}, ValueError, "cu_seqlens_k: expected a tensor"),
     ({"cu_seqlens_q": ints(0, 5), "cu_seqlens_k": ints(0, 6)}, ValueError, "query: expected B = 1"),
     ({"implementation": "cuda"}, ValueError, "implementation: expected 'auto' or one of"),
-    ({"implementation": "cpu"}, NotImplementedError, "implementation: 'cpu' cannot run"),
 )
 WRONG_PACKED: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"cu_seqlens_k": ints(0, 5)}, ValueError, r"cu_seqlens_k: expected shape \[3\]"),
@@ -172,15 +171,37 @@ def test_what_triton_refuses_auto_gives_to_another(
     problem = make_problem(**inputs)
     with pytest.raises(NotImplementedError, match=f"'triton' cannot run here: .*{message}"):
         choose.choose("triton", problem)
-    assert choose.choose("auto", problem) == "sdpa"
+    assert choose.choose("auto", problem) == "cpu"
     assert message.replace("\\", "") in explain(**inputs, implementation="triton")
+
+
+def test_the_cpp_kernels_refuse_tensors_of_other_devices() -> None:
+    inputs = make_inputs(BASE, torch.float32)
+    inputs |= {name: x.to("meta") for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    words = explain(**inputs, implementation="cpu")
+    assert words.startswith("nothing runs: implementation: 'cpu' cannot run here: its kernels take")
+    assert "cpu cannot: its kernels take tensors on the CPU, not on meta" in words
+    assert choose.choose("auto", make_problem(**inputs)) == "sdpa"
+
+
+def test_without_a_compiler_auto_takes_sdpa_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it raises, and it is not what an earlier call ran by."""
+    inputs = make_inputs(Case("compiler", causal=True), torch.float32)
+    with_kernels = prefix_attention(**inputs)
+    monkeypatch.setattr(build, "obstacle", lambda: "there is no C++ compiler")
+    quick.forget()
+    assert "cpu cannot: there is no C++ compiler" in explain(**inputs)
+    assert explain(**inputs).startswith("sdpa runs")
+    torch.testing.assert_close(prefix_attention(**inputs), with_kernels)
+    with pytest.raises(NotImplementedError, match="'cpu' cannot run here: there is no C\\+\\+"):
+        prefix_attention(**inputs, implementation="cpu")
 
 
 def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     inputs = make_inputs(BASE, torch.float32)
-    assert choose.choose("auto", make_problem(**inputs)) == "sdpa"
+    assert choose.choose("auto", make_problem(**inputs)) == "cpu"
     assert "triton cannot: TRITON_INTERPRET=1 interprets the kernels" in explain(**inputs)
 
 
@@ -193,11 +214,11 @@ def test_a_bank_that_is_neither_shared_nor_one_each() -> None:
 def test_explain_says_what_runs_and_why_not_the_rest() -> None:
     inputs = make_inputs(BASE, torch.float32)
     first, *others = explain(**inputs).splitlines()
-    assert first.startswith("sdpa runs")
+    assert first.startswith("cpu runs")
+    assert f"cpu can: fused C++ kernels ({cpu.instructions()})" in others[1]
     assert [line.split()[0] for line in others] == ["triton", "cpu", "sdpa", "reference"]
     assert "prefix by CPU flash attention, sequence by CPU flash attention" in others[2]
     assert explain(**inputs, implementation="reference").startswith("reference runs")
-    assert explain(**inputs, implementation="cpu").startswith("nothing runs: implementation: 'cpu'")
 
 
 def test_explain_names_what_keeps_the_kernels_out() -> None:

@@ -13,7 +13,7 @@ from prefixattn import aten, prefix_attention
 from prefixattn.api import make_problem
 from prefixattn.testing import Case, assert_within_budget, evaluate, make_inputs, widest
 
-IMPLEMENTATIONS = ("reference", "sdpa", pytest.param("triton", marks=pytest.mark.triton))
+IMPLEMENTATIONS = ("reference", "sdpa", "cpu", pytest.param("triton", marks=pytest.mark.triton))
 CASES = (
     Case("plain"),
     Case("gated-packed", B=1, M=6, N=6, R=2, segments=((2, 2), (4, 4)), gate=True, sinks=True),

@@ -10,7 +10,7 @@ from prefixattn.philox import keep_mask, random_words
 from prefixattn.problem import SCHEMA_TYPES, Problem, schema_arguments
 from prefixattn.testing import Case, make_inputs, widest
 
-IMPLEMENTATIONS = ("reference", "sdpa", pytest.param("triton", marks=pytest.mark.triton))
+IMPLEMENTATIONS = ("reference", "sdpa", "cpu", pytest.param("triton", marks=pytest.mark.triton))
 pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 

@@ -1,0 +1,77 @@
+// The forward's two products with a query in each lane: the way of full blocks.
+#pragma once
+
+#include "block.h"
+
+namespace prefixattn::PREFIXATTN_ISA {
+
+// Products of a tile's rows and of what a block's lanes hold, [row][lane]. The rows are multiplied
+// where they lie if they lie there in units, else from `packed`.
+template <class T>
+void products(SumOf<T>* tile, const T* rows, int64_t stride, int64_t count, int64_t width,
+              const UnitOf<T>* lanes, int64_t vectors, [[maybe_unused]] UnitOf<T>* packed) {
+  using Unit = UnitOf<T>;
+  Left<Unit> left{packed, units<Unit>(width), 1};
+  if constexpr (std::is_same_v<T, Unit>) {
+    left = {rows, stride, 1};
+  } else {
+    pack_rows(packed, rows, stride, count, width);
+  }
+  multiply(tile, kBlock, left, lanes, kBlock, count, vectors, units<Unit>(width), Start::zero);
+}
+
+template <class T>
+class ByLanes {
+ public:
+  using Unit = UnitOf<T>;
+  using Sum = SumOf<T>;
+
+  void plan(Arena& arena, const Arguments& a) {
+    head_dim_ = a.head_dim, value_dim_ = a.value_dim;
+    arena.plan(&query_, units<Unit>(head_dim_) * kBlock);
+    arena.plan(&key_, kTile * units<Unit>(head_dim_));
+    arena.plan(&value_, units<Unit>(kTile) * value_stride());
+    arena.plan(&weights_, units<Unit>(kTile) * kBlock);
+    arena.plan(&sums_, value_dim_ * kBlock);
+  }
+
+  void begin(const Block<T>& block) {
+    T* rows[kBlock];
+    block.rows(block.arguments.query, rows);
+    pack_lanes(query_, rows, block.count, head_dim_);
+    fresh_ = true;
+  }
+
+  // Products [key][kBlock] of some keys and the block's queries.
+  void score(const Block<T>& block, const T* keys, int64_t stride, int64_t count, Sum* tile) {
+    products(tile, keys, stride, count, head_dim_, query_, block.vectors(), key_);
+  }
+
+  // sums = sums * factors + weights * values, for a tile of weights [key][kBlock].
+  void add(const Block<T>& block, const T* values, int64_t stride, int64_t count, const Sum* tile,
+           const Sum* factors) {
+    pack_columns(value_, value_stride(), [&](int64_t key) { return values + key * stride; }, count,
+                 value_dim_);
+    multiply(sums_, kBlock, Left<Unit>{value_, 1, value_stride()},
+             over_keys(weights_, tile, count, block.vectors()), kBlock, value_dim_,
+             block.vectors(), units<Unit>(count), fresh_ ? Start::zero : Start::scaled, factors);
+    fresh_ = false;
+  }
+
+  // Writes each lane's sums times its factor to its row.
+  template <class To>
+  void write(To* const* rows, const Sum* factors, int64_t count) {
+    if (fresh_) std::memset(sums_, 0, size_t(value_dim_ * kBlock) * sizeof(Sum));
+    unpack_lanes(rows, sums_, factors, count, value_dim_);
+  }
+
+ private:
+  int64_t value_stride() const { return round_up(value_dim_, kLanes<Unit>); }
+
+  int64_t head_dim_, value_dim_;
+  bool fresh_;
+  Unit *query_, *key_, *value_, *weights_;
+  Sum* sums_;  // [value_dim][kBlock]
+};
+
+}  // namespace prefixattn::PREFIXATTN_ISA

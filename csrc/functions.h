@@ -1,0 +1,52 @@
+// exp and tanh of vectors, each with the largest error that its test finds over all floats.
+#pragma once
+
+#include "simd.h"
+
+namespace prefixattn::PREFIXATTN_ISA {
+
+// e^x for x <= 88; under 2 units in the last place; 0 below -87.7, where floats turn subnormal.
+// x = n ln 2 + r with a whole n (Cody and Waite, 1980), e^x = 2^n e^r; the polynomial in r is a
+// minimax fit of degree 5 over |r| <= ln 2 / 2 with its first two coefficients fixed at 1.
+inline Vector<float> exp(Vector<float> x) {
+  constexpr float kWhole = 0x1.8p23f;  // added and taken away, it rounds to a whole number
+  constexpr float kLowest = -88.0f;
+  x = x < kLowest ? broadcast(kLowest) : x;
+  const Vector<float> shifted = x * 0x1.715476p0f + kWhole;
+  const Vector<float> n = shifted - kWhole;
+  const Vector<float> r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
+  Vector<float> series = broadcast(0x1.10621ep-7f);
+  series = series * r + 0x1.572adap-5f;
+  series = series * r + 0x1.5557b0p-3f;
+  series = series * r + 0x1.fffdfap-2f;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const auto exponent = bits_as<Vector<int32_t>>(shifted) - bits_as<int32_t>(kWhole) + 127;
+  return series * bits_as<Vector<float>>(exponent << 23);
+}
+
+inline Vector<double> exp(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+  return x;
+}
+
+// tanh x, under 3 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
+inline Vector<float> tanh(Vector<float> x) {
+  const Vector<float> size = x < 0.0f ? -x : x;
+  const Vector<float> square = x * x;
+  Vector<float> series = broadcast(-0x1.75e05ap-8f);
+  series = series * square + 0x1.52264cp-6f;
+  series = series * square + -0x1.b83c4ep-5f;
+  series = series * square + 0x1.110726p-3f;
+  series = series * square + -0x1.555532p-2f;
+  const Vector<float> near = x + x * square * series;
+  const Vector<float> far = 1.0f - 2.0f / (exp(size > 10.0f ? broadcast(20.0f) : size + size) + 1.0f);
+  return size < 0.625f ? near : x < 0.0f ? -far : far;
+}
+
+inline Vector<double> tanh(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::tanh(x[lane]);
+  return x;
+}
+
+}  // namespace prefixattn::PREFIXATTN_ISA

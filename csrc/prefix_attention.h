@@ -1,0 +1,112 @@
+// The forward of one block: it walks over the tiles of prefix and sequence, where they lie, and keeps
+// one softmax for both.
+#pragma once
+
+#include "by_lanes.h"
+#include "by_rows.h"
+#include "variant.h"
+
+namespace prefixattn::PREFIXATTN_ISA {
+
+// One thread's forward of one block after another.
+template <class T>
+class Forward {
+ public:
+  using Sum = SumOf<T>;
+
+  Forward(const Arguments& a, std::atomic<bool>& failed)
+      : arguments_(a), arena_(failed), block_(a) {
+    by_lanes_.plan(arena_, a);
+    by_rows_.plan(arena_, a);
+    arena_.plan(&tile_, kTile * kBlock);
+    ready_ = arena_.reserve();
+  }
+
+  bool ready() const { return ready_; }
+  Block<T>& block() { return block_; }
+
+  // Begins with the block that was filled in.
+  void begin() {
+    state_.begin();
+    few() ? by_rows_.begin(block_) : by_lanes_.begin(block_);
+  }
+
+  // Takes in the slots of one half that lie in `range`.
+  void attend(Half half, const Source<T>& source, Interval range) {
+    Interval seen[kBlock];
+    const Interval span = block_.span(half, range, seen);
+    const Variant variant{arguments_, half};
+    for (int64_t first = span.first; first < span.last; first += kTile) {
+      const int64_t keys = common({first, first + kTile}, span).last - first;
+      Limits<Sum> limits;
+      absorb(variant, source, first, keys, block_.limit(seen, first, keys, limits));
+    }
+  }
+
+  // Writes output and lse of the block.
+  void finish() {
+    const double* sinks = arguments_.sinks;
+    alignas(64) Sum factors[kBlock] = {};
+    T* rows[kBlock];
+    block_.rows(arguments_.out, rows);
+    for (int64_t lane = 0; lane < block_.count; ++lane) {
+      const Lane& at_lane = block_.lanes[lane];
+      factors[lane] = state_.normalise(lane, sinks ? sinks + at_lane.head : nullptr);
+      if (arguments_.lse)
+        static_cast<Sum*>(arguments_.lse)[place_of(arguments_, at_lane)] = state_.log_sum(lane);
+    }
+    write(rows, factors);
+  }
+
+  // Writes the block's unfinished state to its places among `peaks`, `totals` and `values`.
+  void keep(Sum* peaks, Sum* totals, Sum* values) {
+    alignas(64) Sum ones[kBlock];
+    Sum* rows[kBlock];
+    for (int64_t lane = 0; lane < kBlock; ++lane) ones[lane] = 1;
+    for (int64_t lane = 0; lane < block_.count; ++lane) {
+      const int64_t place = place_of(arguments_, block_.lanes[lane]);
+      peaks[place] = state_.peak[lane];
+      totals[place] = state_.total[lane];
+      rows[lane] = values + place * arguments_.value_dim;
+    }
+    write(rows, ones);
+  }
+
+ private:
+  bool few() const { return block_.count < kFewQueries<T>; }
+
+  template <class To>
+  void write(To* const* rows, const Sum* factors) {
+    few() ? by_rows_.write(rows, factors, block_.count)
+          : by_lanes_.write(rows, factors, block_.count);
+  }
+
+  void absorb(const Variant& variant, const Source<T>& source, int64_t first, int64_t keys,
+              const Limits<Sum>* limits) {
+    const T* key = source.key + first * source.key_stride;
+    const T* value = source.value + first * source.value_stride;
+    alignas(64) Sum factors[kBlock];
+    few() ? by_rows_.score(block_, key, source.key_stride, keys, tile_)
+          : by_lanes_.score(block_, key, source.key_stride, keys, tile_);
+    Sum scale = Sum(arguments_.scale);
+    if (!variant.plain()) {
+      variant.score<Sum>(tile_, nullptr, block_.lanes, block_.count, first, keys);
+      scale = 1;
+    }
+    state_.absorb(tile_, keys, block_.vectors(), scale, limits, factors);
+    if (variant.dropped()) variant.drop(tile_, block_.lanes, block_.count, first, keys);
+    few() ? by_rows_.add(block_, value, source.value_stride, keys, tile_, factors)
+          : by_lanes_.add(block_, value, source.value_stride, keys, tile_, factors);
+  }
+
+  const Arguments& arguments_;
+  Arena arena_;
+  Block<T> block_;
+  SoftmaxState<Sum> state_;
+  ByLanes<T> by_lanes_;
+  ByRows<T> by_rows_;
+  Sum* tile_;  // [kTile][kBlock]
+  bool ready_;
+};
+
+}  // namespace prefixattn::PREFIXATTN_ISA

@@ -1,0 +1,280 @@
+"""The C++ kernels: from a `Problem` to their arguments, and what is composed of several calls.
+
+The library (see `csrc/`) knows nothing of torch: it is handed addresses, strides and numbers in one
+record, `csrc/arguments.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from struct import Struct
+
+import torch
+from torch import Tensor
+
+from prefixattn import build
+from prefixattn.problem import TENSORS, Problem
+
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.bool: 4,
+}
+# `Arguments`: sizes and flags, three floats, indices, tensors, biases, then those of the backward.
+RECORD = Struct("=17q3d10q24qq12q24qq12q")
+# The same record in pieces: threads, order and addresses apart from what lies between them.
+PIECES = Struct(f"=qqq{27 * 8}s" + "q24s" * 6 + f"q{49 * 8}s")
+NO_TENSOR = (0, 0, 0, 0)
+NO_BIAS = (0, 0, 0, 0, 0, 0)
+NO_BACKWARD = (*NO_TENSOR * 6, 0, *NO_BIAS * 2)
+BIASES = ("prefix_bias", "attn_mask")
+OF_PREFIX = ("prefix_key", "prefix_value", "prefix_bias")
+NO_MEMORY = 1
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, M, D_v]` in the query's dtype and `lse [B, H, M]`."""
+    if problem.prefix_gate is not None:
+        (out, lse), (prefix_out, _) = (forward(half) for half in _halves(problem))
+        gate = problem.prefix_gate.to(lse.dtype)[:, None, None]
+        return torch.addcmul(out.to(lse.dtype), gate, prefix_out.to(lse.dtype)).to(out.dtype), lse
+    out, lse = problem.empty_output()
+    if problem.packed:  # queries of no segment
+        out.zero_()
+        lse.fill_(-torch.inf)
+    _call("prefixattn_forward", problem, out, lse, NO_BACKWARD)
+    return out, lse
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wanted: tuple[str, ...],
+) -> list[Tensor]:
+    """Gradients of the `wanted` arguments."""
+    if dout is None:
+        dout = torch.zeros_like(out)
+    if problem.prefix_gate is not None:
+        grads = _gated_backward(problem, dout, dlse, lse, wanted)
+    else:
+        grads = _backward(problem, dout, dlse, out, lse, wanted)
+    return [grads[name] for name in wanted]
+
+
+def _backward(
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wanted: Iterable[str],
+) -> dict[str, Tensor]:
+    p = problem
+    grads = {name: _empty_gradient(p, name) for name in wanted if name in (*TENSORS, *BIASES)}
+    if dlse is not None:
+        dlse = dlse.to(lse.dtype).contiguous()
+    # Expanded or strided results of other implementations may come in here; ours are neither.
+    lse = lse.contiguous()
+    tensors = [_tensor(x) for x in (dout, *(grads.get(name) for name in TENSORS))]
+    biases = [_bias(grads.get(name), _size(p, name)) for name in BIASES]
+    places = (*_joined(tensors), 0 if dlse is None else dlse.data_ptr(), *_joined(biases))
+    if grads:
+        _call("prefixattn_backward", p, out, lse, places)
+    for name in BIASES:
+        if name in grads:
+            grads[name] = grads[name].to(getattr(p, name).dtype)
+    if "sinks" in wanted:
+        grads["sinks"] = _sink_gradient(p, dout, dlse, out, lse)
+    return grads
+
+
+def _size(p: Problem, bias: str) -> tuple[int, ...]:
+    return (p.B, p.H, p.M, p.P if bias == "prefix_bias" else p.N)
+
+
+def _empty_gradient(p: Problem, name: str) -> Tensor:
+    """Room for a gradient; zeros where the kernels add to it or need not write all of it."""
+    like = getattr(p, name)
+    if name in BIASES:  # summed in the accumulating dtype
+        return torch.zeros(like.shape, dtype=p.accumulator, device=like.device)
+    if p.packed or name.startswith("prefix"):
+        return torch.zeros_like(like)
+    return torch.empty_like(like)
+
+
+def _sink_gradient(
+    p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+) -> Tensor:
+    """A sink takes `exp(sink - lse)` of every query and gives nothing to the output."""
+    assert p.sinks is not None
+    delta = torch.einsum("bhmd,bhmd->bhm", dout.to(lse.dtype), out.to(lse.dtype))
+    if dlse is not None:
+        delta = delta - dlse
+    taken = torch.exp(p.sinks.to(lse.dtype)[:, None] - lse)
+    taken = taken.masked_fill(lse == -torch.inf, 0)
+    return -(taken * delta).sum((0, 2)).to(p.sinks.dtype)
+
+
+def _halves(problem: Problem) -> tuple[Problem, Problem]:
+    """The sequence without the prefix, and the prefix without the sequence."""
+    p = replace(problem, prefix_gate=None)
+    none = torch.full((p.rows,), -1)
+    nothing = torch.zeros(p.rows, dtype=torch.long)
+    return replace(p, prefix_index=none), replace(p, key_length=nothing, sinks=None)
+
+
+def _gated_backward(
+    problem: Problem, dout: Tensor, dlse: Tensor | None, lse: Tensor, wanted: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Each half by its own softmax, whose output is computed once more."""
+    p = problem
+    assert p.prefix_gate is not None
+    sequence, prefix = _halves(p)
+    (out, _), (prefix_out, prefix_lse) = forward(sequence), forward(prefix)
+    gate = p.prefix_gate.to(lse.dtype)[:, None, None]
+    of_sequence = [name for name in wanted if not name.startswith("prefix")]
+    of_prefix = [name for name in wanted if name in ("query", *OF_PREFIX)]
+    grads = _backward(sequence, dout, dlse, out, lse, of_sequence)
+    prefix_dout = (gate * dout.to(lse.dtype)).to(dout.dtype)
+    prefix_grads = _backward(prefix, prefix_dout, None, prefix_out, prefix_lse, of_prefix)
+    if "query" in grads:
+        grads["query"] = grads["query"] + prefix_grads.pop("query")
+    if "prefix_gate" in wanted:
+        taken = (dout.to(lse.dtype) * prefix_out.to(lse.dtype)).sum((0, 2, 3))
+        grads["prefix_gate"] = taken.to(p.prefix_gate.dtype)
+    return grads | prefix_grads
+
+
+def _call(
+    function: str, problem: Problem, out: Tensor, lse: Tensor, backward: tuple[int, ...]
+) -> None:
+    p = problem
+    offsets = None if p.query_offsets is None else p.query_offsets.expand(p.rows)
+    packing = (p.cu_seqlens_q, p.cu_seqlens_k, offsets, p.dropout_seed)
+    rows = [
+        None if x is None else x.long().contiguous()
+        for x in (p.prefix_index, p.prefix_lengths, p.key_start, p.key_length, *packing)
+    ]
+    heads = [None if x is None else x.double().contiguous() for x in (p.sinks, p.alibi_slopes)]
+    vectors = [0 if x is None else x.data_ptr() for x in (*rows, *heads)]
+    _run(function, _record(p, vectors, _tensor(out), lse.data_ptr(), backward))
+
+
+def _record(
+    p: Problem,
+    vectors: Iterable[int],
+    out: tuple[int, ...],
+    lse: int,
+    backward: tuple[int, ...],
+) -> bytes:
+    return RECORD.pack(
+        DTYPES[p.query.dtype],
+        torch.get_num_threads(),
+        p.deterministic,
+        *(p.rows, p.H, p.H_kv, p.M, p.N, p.R, p.P, p.D, p.D_v),
+        p.is_causal,
+        -1 if p.window is None else p.window,
+        p.windowed_prefix,
+        p.query_offset is not None,
+        p.query_offset or 0,
+        *(p.scale, p.softcap or 0.0, p.dropout_p),
+        *vectors,
+        *_joined(_tensor(getattr(p, name)) for name in TENSORS),
+        *out,
+        lse,
+        *_bias(p.prefix_bias, _size(p, "prefix_bias")),
+        *_bias(p.attn_mask, _size(p, "attn_mask")),
+        *backward,
+    )
+
+
+def _run(function: str, record: bytes) -> None:
+    if getattr(library(), function)(record) == NO_MEMORY:
+        raise MemoryError(f"{function}: no memory for its workspaces")
+
+
+class Prepared:
+    """A forward of five tensors whose checks and record were made once for all calls like it.
+
+    It is for calls without vectors, biases and dropout, where nothing but addresses changes.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        out, lse = problem.empty_output()
+        record = _record(problem, [0] * 10, _tensor(out), 0, NO_BACKWARD)
+        self.problem = problem.but(**dict.fromkeys(TENSORS))
+        self._pieces = PIECES.unpack(record)
+        self._out, self._lse = (out.shape, out.stride()), (lse.shape, lse.dtype)
+        self._function = library().prefixattn_forward
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        /,
+        *,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and, if asked for, lse."""
+        out = query.new_empty_strided(*self._out)
+        lse = torch.empty(self._lse[0], dtype=self._lse[1]) if with_lse else None
+        dtype, _, _, sizes, _, q, _, k, _, v, _, pk, _, pv, _, o, _, rest = self._pieces
+        record = PIECES.pack(
+            dtype,
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            sizes,
+            *(query.data_ptr(), q, key.data_ptr(), k, value.data_ptr(), v),
+            *(prefix_key.data_ptr(), pk, prefix_value.data_ptr(), pv, out.data_ptr(), o),
+            0 if lse is None else lse.data_ptr(),
+            rest,
+        )
+        if self._function(record) == NO_MEMORY:
+            raise MemoryError("prefixattn_forward: no memory for its workspaces")
+        return out, lse
+
+
+def _tensor(tensor: Tensor | None) -> tuple[int, ...]:
+    return NO_TENSOR if tensor is None else (tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _bias(bias: Tensor | None, size: tuple[int, ...]) -> tuple[int, ...]:
+    if bias is None:
+        return NO_BIAS
+    return (bias.data_ptr(), DTYPES[bias.dtype], *bias.expand(size).stride())
+
+
+def _joined(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(number for part in parts for number in part)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library; builds it where that has not been done yet.
+
+    Raises:
+        BuildError: there is none, and none can be built.
+    """
+    loaded = ctypes.CDLL(str(build.library()))
+    for name in ("prefixattn_forward", "prefixattn_backward"):
+        getattr(loaded, name).argtypes = [ctypes.c_char_p]
+    loaded.prefixattn_instructions.restype = ctypes.c_char_p
+    assert loaded.prefixattn_arguments_size() == RECORD.size
+    return loaded
+
+
+def instructions() -> str:
+    """The instruction set in use: plain, avx2, avx512 or avx512bf16."""
+    found: bytes = library().prefixattn_instructions()
+    return found.decode()
