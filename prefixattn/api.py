@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prefixattn import quick
 from prefixattn.choose import choose, explanation
 from prefixattn.ops import attention
 from prefixattn.philox import new_seed
-from prefixattn.problem import Problem
+from prefixattn.problem import TENSORS, Problem
 from prefixattn.rules import check, check_values
 
 
@@ -103,6 +104,26 @@ def prefix_attention(
         NotImplementedError: the implementation asked for cannot take this call.
     """
     arguments = dict(locals())
+    plain = (
+        prefix_index is prefix_lengths is prefix_gate is prefix_bias is query_offset is attn_mask  # type: ignore[comparison-overlap]
+        is key_start is key_length is cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k
+        is window is softcap is sinks is alibi_slopes is deterministic is None
+    )  # fmt: skip
+    plain = plain and type(dropout_p) is float and dropout_p == 0 and type(is_causal) is bool
+    if plain and prefix_in_window == "visible":
+        tensors = (query, key, value, prefix_key, prefix_value)
+        options = (is_causal, scale, implementation)
+        known = type(return_lse) is bool and (scale is None or type(scale) is float)
+        if known and quick.takes(*tensors):
+            run = quick.run_for(*tensors, options, _prepare)
+            if run is not None:
+                if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+                    fields = dict(zip(TENSORS, tensors, strict=True))
+                    strict = torch.are_deterministic_algorithms_enabled()
+                    out, lse = attention(run.problem.but(**fields, deterministic=strict), "cpu")
+                else:
+                    out, lse = run(*tensors, with_lse=return_lse)
+                return (out, lse) if return_lse else out
     del arguments["return_lse"], arguments["implementation"]
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
@@ -111,6 +132,26 @@ def prefix_attention(
         problem = replace(problem, dropout_seed=new_seed(query.device))
     out, lse = attention(problem, choose(implementation, problem))
     return (out, lse) if return_lse else out
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    implementation: str,
+) -> quick.Run | None:
+    """The short way of calls like this one, if it is the C++ kernels that would run."""
+    tensors = (query, key, value, prefix_key, prefix_value)
+    problem = make_problem(*tensors, is_causal=is_causal, scale=scale)
+    if choose(implementation, problem) != "cpu":
+        return None
+    from prefixattn.cpu import Prepared
+
+    return Prepared(problem)
 
 
 def explain(*args: Any, **kwargs: Any) -> str:

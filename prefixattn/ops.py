@@ -8,6 +8,7 @@ the output and `lse` it starts from as arguments, which ring and context paralle
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -15,17 +16,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from prefixattn import quick
 from prefixattn.problem import DIFFERENTIABLE, FIELD_NAMES, Problem, schema_arguments
 from prefixattn.rules import check_values
 
 NAMESPACE = "prefixattn"
 FORWARD = {
     "triton": "prefixattn.kernels.forward",
+    "cpu": "prefixattn.cpu",
     "sdpa": "prefixattn.sdpa",
     "reference": "prefixattn.reference",
 }
 BACKWARD = {
     "triton": "prefixattn.kernels.backward",
+    "cpu": "prefixattn.cpu",
     "sdpa": "prefixattn.sdpa",
     "reference": "prefixattn.reference",
 }
@@ -52,6 +56,11 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
     Returns:
         `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable.
     """
+    if quick.unwatched() and all(
+        type(x) in quick.PLAIN for x in problem.__dict__.values() if isinstance(x, Tensor)
+    ):
+        tensors = [getattr(problem, name) for name in DIFFERENTIABLE]
+        return _Eager.apply(problem, implementation, *tensors)
     if not torch.compiler.is_compiling():
         _refuse_transforms(problem)
     return torch.ops.prefixattn.attention(*problem.arguments, implementation)
@@ -73,25 +82,38 @@ def _refuse_transforms(problem: Problem) -> None:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    problem, implementation = Problem(*arguments[:-1]), arguments[-1]
+    return _run_forward(Problem(*arguments[:-1]), arguments[-1])
+
+
+def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
     check_values(problem)
     with _no_autocast(problem):
         out, lse = importlib.import_module(FORWARD[implementation]).forward(problem)
-    declared_out, declared_lse = problem.empty_output()
-    return _laid_out(out, declared_out), _laid_out(lse, declared_lse)
+    return _laid_out(out, problem.output_strides), lse.contiguous()
 
 
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    problem, (implementation, wanted) = Problem(*arguments[:-2]), arguments[-2:]
+    return _run_backward(dout, dlse, out, lse, Problem(*arguments[:-2]), *arguments[-2:])
+
+
+def _run_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    implementation: str,
+    wanted: Sequence[str],
+) -> list[Tensor]:
     if dout is not None and dout.shape[-1] > 1 and dout.stride(-1) != 1:
         dout = dout.contiguous()  # an expanded gradient, of a sum, say
     with _no_autocast(problem):
         module = importlib.import_module(BACKWARD[implementation])
         grads = module.backward(problem, dout, dlse, out, lse, tuple(wanted))
     return [
-        _laid_out(grad, torch.empty_like(getattr(problem, name)))
+        _laid_out(grad, torch.empty_like(getattr(problem, name), device="meta").stride())
         for name, grad in zip(wanted, grads, strict=True)
     ]
 
@@ -104,9 +126,11 @@ def _no_autocast(problem: Problem) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def _laid_out(tensor: Tensor, declared: Tensor) -> Tensor:
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The tensor with the strides that the fake kernel promised to compilers."""
-    return tensor if tensor.stride() == declared.stride() else declared.copy_(tensor)
+    if tensor.stride() == strides:
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -141,6 +165,38 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tu
     for name, grad in zip(wanted, found, strict=True):
         grads[FIELD_NAMES.index(name)] = grad
     return tuple(grads)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its dispatch, which costs more than a small attention itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, implementation: str, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        results = _run_forward(problem, implementation)
+        ctx.set_materialize_grads(False)
+        # What is saved may be packed away until the backward: nothing else may keep it alive.
+        ctx.problem = problem.but(**dict.fromkeys(DIFFERENTIABLE))
+        ctx.implementation = implementation
+        ctx.save_for_backward(*results, *tensors)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        problem = ctx.problem.but(**dict(zip(DIFFERENTIABLE, tensors, strict=True)))
+        needed = ctx.needs_input_grad[2:]
+        wanted = [name for name, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        upstream = (dout, dlse, out, lse)
+        if torch.is_grad_enabled() or not quick.unwatched():  # the operator says what it cannot
+            run = torch.ops.prefixattn.attention_backward
+            grads = iter(run(*upstream, *problem.arguments, ctx.implementation, wanted))
+        else:
+            grads = iter(_run_backward(*upstream, problem, ctx.implementation, wanted))
+        return (None, None, *(next(grads) if need else None for need in needed))
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
