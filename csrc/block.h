@@ -41,8 +41,9 @@ struct Block {
     for (int64_t lane = 0; lane < count; ++lane) places[lane] = at<T>(tensor, lanes[lane]);
   }
 
-  // The slots in `range` that some lane sees, and each lane's own in `seen`.
+  // The slots in `range` that some lane sees, and each lane's own in `seen` if there are any.
   Interval span(Half half, Interval range, Interval* seen) const {
+    if (range.first >= range.last) return {0, 0};
     Interval all{range.last, range.first};
     for (int64_t lane = 0; lane < count; ++lane) {
       const Lane& at = lanes[lane];
@@ -62,7 +63,8 @@ struct Block {
       whole &= seen[lane].first <= first && seen[lane].last >= first + keys;
     if (whole) return nullptr;
     for (int64_t lane = 0; lane < vectors() * kLanes<Sum>; ++lane) {
-      const Interval own = lane < count ? common(seen[lane], {first, first + keys}) : Interval{0, 0};
+      Interval own = lane < count ? common(seen[lane], {first, first + keys}) : Interval{0, 0};
+      if (own.first >= own.last) own = {first, first};  // what sees nothing may lie anywhere
       limits.first[lane] = Integer<Sum>(own.first - first);
       limits.last[lane] = Integer<Sum>(own.last - first);
     }

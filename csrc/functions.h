@@ -5,7 +5,7 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// e^x for x <= 88; under 2 units in the last place; 0 below -87.7, where floats turn subnormal.
+// e^x for x <= 88; under 2.5 units in the last place; 0 below -87.7, where floats turn subnormal.
 // x = n ln 2 + r with a whole n (Cody and Waite, 1980), e^x = 2^n e^r; the polynomial in r is a
 // minimax fit of degree 5 over |r| <= ln 2 / 2 with its first two coefficients fixed at 1.
 inline Vector<float> exp(Vector<float> x) {

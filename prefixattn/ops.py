@@ -112,10 +112,7 @@ def _run_backward(
     with _no_autocast(problem):
         module = importlib.import_module(BACKWARD[implementation])
         grads = module.backward(problem, dout, dlse, out, lse, tuple(wanted))
-    return [
-        _laid_out(grad, torch.empty_like(getattr(problem, name), device="meta").stride())
-        for name, grad in zip(wanted, grads, strict=True)
-    ]
+    return [_like(grad, getattr(problem, name)) for name, grad in zip(wanted, grads, strict=True)]
 
 
 def _no_autocast(problem: Problem) -> AbstractContextManager[object]:
@@ -124,6 +121,13 @@ def _no_autocast(problem: Problem) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def _like(grad: Tensor, argument: Tensor) -> Tensor:
+    """The gradient with the strides of `empty_like`: the argument's own, if that is dense."""
+    if grad.stride() == argument.stride() and grad.untyped_storage().nbytes() == grad.nbytes:
+        return grad
+    return _laid_out(grad, torch.empty_like(argument, device="meta").stride())
 
 
 def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

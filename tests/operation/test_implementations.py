@@ -33,6 +33,8 @@ CASES = (
     Case("decode-tiles", B=3, H_kv=1, M=1, N=150, P=40, R=2, index=(1, -1, 1)),
     Case("bottom-right", M=5, N=12),
     Case("more-queries-than-keys", M=9, N=4),  # the first queries see the prefix only
+    Case("decode-split-ragged", B=1, H_kv=1, M=1, N=700, P=700, lengths=(5,)),
+    Case("decode-far-apart", M=1, N=9, offset=(2**32, 4), window=8, positions=True),
     Case("decode", B=3, M=1, N=33, P=17),
     Case("one-query-one-key", B=1, M=1, N=1, P=1),
     Case("empty-prefix", P=0),
