@@ -25,6 +25,7 @@ class Backward {
   Backward(const Arguments& a, Arena& arena) : arguments_(a), block_(a) {
     arena.plan(&query_, units<Unit>(a.head_dim) * kBlock);
     arena.plan(&dout_, units<Unit>(a.value_dim) * kBlock);
+    arena.plan(&out_, units<Unit>(a.value_dim) * kBlock);
     arena.plan(&query_columns_, units<Unit>(kBlock) * key_width());
     arena.plan(&dout_columns_, units<Unit>(kBlock) * value_width());
     arena.plan(&packed_, kTile * units<Unit>(a.head_dim > a.value_dim ? a.head_dim : a.value_dim));
@@ -45,7 +46,7 @@ class Backward {
   // Packs the block that was filled in, and what comes from upstream at its queries.
   void begin() {
     const Arguments& a = arguments_;
-    const T *queries[kBlock], *douts[kBlock];
+    const T *queries[kBlock], *douts[kBlock], *outs[kBlock];
     for (int64_t lane = 0; lane < kBlock; ++lane) {
       const bool real = lane < block_.count;
       const Lane& at_lane = block_.lanes[real ? lane : 0];
@@ -54,10 +55,11 @@ class Backward {
       const Sum lse = static_cast<const Sum*>(a.lse)[place_of(a, at_lane)];
       // Queries that see nothing, and lanes without one, get weights of exp(-inf).
       lse_[lane] = !real || lse == -Sum(INFINITY) ? Sum(INFINITY) : lse;
-      delta_[lane] = real ? delta(at_lane) : Sum(0);
+      outs[lane] = at<T>(a.out, at_lane);
     }
     pack_lanes(query_, queries, block_.count, a.head_dim);
     pack_lanes(dout_, douts, block_.count, a.value_dim);
+    sum_delta(outs);
     pack_columns(query_columns_, key_width(), [&](int64_t lane) { return queries[lane]; },
                  lanes(), a.head_dim);
     pack_columns(dout_columns_, value_width(), [&](int64_t lane) { return douts[lane]; }, lanes(),
@@ -113,18 +115,19 @@ class Backward {
   int64_t lanes() const { return block_.vectors() * kLanes<Sum>; }
   bool capped() const { return arguments_.softcap > 0; }
 
-  // sum(dout * out) - dlse at one query.
-  Sum delta(const Lane& lane) const {
-    const T *out = at<T>(arguments_.out, lane), *dout = at<T>(arguments_.dout, lane);
+  // sum(dout * out) - dlse at each query, in the order in which `products` sums dout . value: of a
+  // query that sees one key both are the same number, and the gradient is 0.
+  void sum_delta(const T* const* outs) {
     const Sum* dlse = static_cast<const Sum*>(arguments_.dlse);
-    Vector<Sum> sums{};
-    int64_t i = 0;
-    for (; i + kLanes<Sum> <= arguments_.value_dim; i += kLanes<Sum>)
-      sums += widen_vector(out + i) * widen_vector(dout + i);
-    Sum sum = dlse ? -dlse[place_of(arguments_, lane)] : Sum(0);
-    for (; i < arguments_.value_dim; ++i) sum += Sum(widen(out[i])) * Sum(widen(dout[i]));
-    for (int j = 0; j < kLanes<Sum>; ++j) sum += sums[j];
-    return sum;
+    pack_lanes(out_, outs, block_.count, arguments_.value_dim);
+    for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
+      Vector<Sum> sums{};
+      for (int64_t unit = 0; unit < units<Unit>(arguments_.value_dim); ++unit)
+        sums = multiply_lanes(sums, out_ + unit * kBlock + lane, dout_ + unit * kBlock + lane);
+      store(delta_ + lane, sums);
+    }
+    for (int64_t lane = 0; dlse && lane < block_.count; ++lane)
+      delta_[lane] -= dlse[place_of(arguments_, block_.lanes[lane])];
   }
 
   // Weights (before dropout) and gradients of the scores of one tile.
@@ -185,7 +188,7 @@ class Backward {
   const Arguments& arguments_;
   Block<T> block_;
   alignas(64) Sum lse_[kBlock], delta_[kBlock];
-  Unit *query_, *dout_, *query_columns_, *dout_columns_, *packed_, *key_columns_, *operand_;
+  Unit *query_, *dout_, *out_, *query_columns_, *dout_columns_, *packed_, *key_columns_, *operand_;
   Sum *weights_, *gradients_, *slopes_, *dquery_;
 };
 

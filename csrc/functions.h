@@ -5,9 +5,9 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// e^x for x <= 88; under 2.5 units in the last place; 0 below -87.7, where floats turn subnormal.
+// e^x for x <= 88; under 1.25 units in the last place; 0 below -87.7, where floats turn subnormal.
 // x = n ln 2 + r with a whole n (Cody and Waite, 1980), e^x = 2^n e^r; the polynomial in r is a
-// minimax fit of degree 5 over |r| <= ln 2 / 2 with its first two coefficients fixed at 1.
+// minimax fit of degree 6 over |r| <= ln 2 / 2 with its first two coefficients fixed at 1.
 inline Vector<float> exp(Vector<float> x) {
   constexpr float kWhole = 0x1.8p23f;  // added and taken away, it rounds to a whole number
   constexpr float kLowest = -88.0f;
@@ -15,10 +15,11 @@ inline Vector<float> exp(Vector<float> x) {
   const Vector<float> shifted = x * 0x1.715476p0f + kWhole;
   const Vector<float> n = shifted - kWhole;
   const Vector<float> r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
-  Vector<float> series = broadcast(0x1.10621ep-7f);
-  series = series * r + 0x1.572adap-5f;
-  series = series * r + 0x1.5557b0p-3f;
-  series = series * r + 0x1.fffdfap-2f;
+  Vector<float> series = broadcast(0x1.6a2352p-10f);
+  series = series * r + 0x1.123a6cp-7f;
+  series = series * r + 0x1.5558f4p-5f;
+  series = series * r + 0x1.555490p-3f;
+  series = series * r + 0x1.fffffcp-2f;
   series = series * r + 1.0f;
   series = series * r + 1.0f;
   const auto exponent = bits_as<Vector<int32_t>>(shifted) - bits_as<int32_t>(kWhole) + 127;
@@ -30,7 +31,7 @@ inline Vector<double> exp(Vector<double> x) {
   return x;
 }
 
-// tanh x, under 3 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
+// tanh x, under 1.5 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
 inline Vector<float> tanh(Vector<float> x) {
   const Vector<float> size = x < 0.0f ? -x : x;
   const Vector<float> square = x * x;

@@ -59,6 +59,20 @@ inline Vector<float> multiply_add(Vector<float> sum, const Pair* a, const Pair* 
 }
 #endif
 
+// The same lane by lane.
+inline Vector<float> multiply_lanes(Vector<float> sum, const float* a, const float* b) {
+  return sum + load(a) * load(b);
+}
+inline Vector<double> multiply_lanes(Vector<double> sum, const double* a, const double* b) {
+  return sum + load(a) * load(b);
+}
+#if defined(__AVX512BF16__)
+inline Vector<float> multiply_lanes(Vector<float> sum, const Pair* a, const Pair* b) {
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(b),
+                                         (__m512bh)_mm512_loadu_si512(a));
+}
+#endif
+
 // What C holds before a product is added to it.
 enum class Start { zero, sum, scaled };
 

@@ -7,12 +7,15 @@ import sys
 import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from prefixattn import build
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
@@ -24,6 +27,17 @@ if not HAS_GPU:
 # Two busy cores make any single example late now and then; that says nothing about the code.
 hypothesis.settings.register_profile("prefixattn", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("prefixattn")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-library", type=Path, help="the library of C++ kernels to test")
+    parser.addoption("--native-flags", default="", help="more flags for tests/native/headers")
+    parser.addoption("--native-runner", default="", help="the command that runs these programs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if library := config.getoption("cpu_library"):
+        build.SHIPPED = library.absolute()
 
 
 def pytest_report_header() -> str:

@@ -219,8 +219,8 @@ def test_the_reference_in_low_precision(case: Case) -> None:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Any combination of features on small odd sizes."""
+def cases(draw: st.DrawFn, times: int = 1) -> Case:
+    """Any combination of features on small odd sizes, or on ones so many times as large."""
 
     def maybe(strategy: st.SearchStrategy) -> object:
         return draw(st.none() | strategy)
@@ -231,22 +231,24 @@ def cases(draw: st.DrawFn) -> Case:
     heads_kv = draw(st.sampled_from((1, 2, 3)))
     packed = draw(st.booleans())
     batch = 1 if packed else draw(st.integers(1, 4))
-    pairs = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4)
+    pairs = st.lists(
+        st.tuples(st.integers(0, 9 * times), st.integers(0, 9 * times)), min_size=1, max_size=4
+    )
     segments = tuple(draw(pairs)) if packed else None
     m = (
         sum(q for q, _ in segments) + draw(st.integers(0, 2))
         if segments
-        else draw(st.integers(1, 17))
+        else draw(st.integers(1, 17 * times))
     )
     n = (
         sum(k for _, k in segments) + draw(st.integers(0, 2))
         if segments
-        else draw(st.integers(0, 19))
+        else draw(st.integers(0, 19 * times))
     )
     rows = len(segments) if segments else batch
     by_index = draw(st.booleans())
     entries = draw(st.integers(1, 3)) if by_index else draw(st.sampled_from((1, rows)))
-    tokens = draw(st.integers(0, 9))
+    tokens = draw(st.integers(0, 9 * times))
     heads = heads_kv * draw(st.sampled_from((1, 2, 4)))
     shape = tuple(size if draw(st.booleans()) else 1 for size in (batch, heads, m, n))
     bias = tuple(size if draw(st.booleans()) else 1 for size in (batch, heads, m, tokens))
@@ -266,7 +268,9 @@ def cases(draw: st.DrawFn) -> Case:
         lengths=many(0, tokens, entries) if draw(st.booleans()) else None,
         starts=many(0, n, batch) if not packed and draw(st.booleans()) else None,
         stops=many(0, n, batch) if not packed and draw(st.booleans()) else None,
-        offset=maybe(st.integers(-3, 20)) if draw(st.booleans()) else many(-3, 20, rows),
+        offset=maybe(st.integers(-3, 20 * times))
+        if draw(st.booleans())
+        else many(-3, 20 * times, rows),
         segments=segments,
         mask=shape if draw(st.booleans()) else None,
         mask_dtype=draw(st.sampled_from(("bool", "float"))),
@@ -274,7 +278,7 @@ def cases(draw: st.DrawFn) -> Case:
         gate=draw(st.booleans()),
         sinks=draw(st.booleans()),
         alibi=draw(st.booleans()),
-        window=maybe(st.integers(1, 12)),
+        window=maybe(st.integers(1, 12 * times)),
         positions=draw(st.booleans()),
         softcap=maybe(st.just(3.0)),
     )
@@ -302,6 +306,18 @@ def test_cpu_meets_the_reference_on_random_problems(
     with poisoned_memory():
         got = evaluate(inputs, run_implementation("cpu"), lse)
     assert_within_budget(got, inputs, lse)
+
+
+@given(cases(15), st.integers(0, 2**20), st.sampled_from(DTYPES))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_cpu_meets_the_reference_across_its_blocks(
+    case: Case, seed: int, dtype: torch.dtype
+) -> None:
+    """Sizes of several blocks of queries and tiles of keys."""
+    inputs = make_inputs(case, dtype, seed=seed)
+    with poisoned_memory():
+        got = evaluate(inputs, run_implementation("cpu"))
+    assert_within_budget(got, inputs)
 
 
 @pytest.mark.triton
