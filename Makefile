@@ -72,7 +72,7 @@ types: $(STAMP)
 	@echo "mypy"; $(BIN)/mypy
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks.attention $(ARGS)
+	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 compile-report: $(STAMP)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_report $(ARGS)

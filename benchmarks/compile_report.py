@@ -25,8 +25,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead_of_time import TARGETS, compiled
-from benchmarks.attention import machine
 from benchmarks.binaries import usage
+from benchmarks.measure import machine
 from prefixattn.api import make_problem
 from prefixattn.kernels import backward, decode, dkv, forward
 from prefixattn.kernels.config import CHIPS, Tiles
@@ -186,9 +186,8 @@ def measure(row: Row) -> Iterator[dict[str, Any]]:
 
 
 def _write(out: Path, found: list[dict[str, Any]]) -> None:
-    about = machine() | {
+    about = machine("benchmarks.compile_report") | {
         "triton": triton.__version__,
-        "command": " ".join(["python -m benchmarks.compile_report", *sys.argv[1:]]),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(line)}" for line in found)

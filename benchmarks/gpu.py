@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.attention import machine
+from benchmarks.measure import machine
 from benchmarks.providers import (
     Shape,
     Tensors,
@@ -142,12 +141,11 @@ def main(
 
 def about() -> dict[str, Any]:
     """The machine and the versions."""
-    return machine() | {
+    return machine("benchmarks.gpu") | {
         "gpu": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
         "triton": triton.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
-        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
     }
 
 

@@ -74,8 +74,17 @@ def make_tensors(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = 
 
 
 def ours(t: Tensors) -> Tensor:
+    """prefix_attention, implementation="cpu"."""
+    return _attention(t, "cpu")
+
+
+def ours_sdpa(t: Tensors) -> Tensor:
     """prefix_attention, implementation="sdpa"."""
-    out = prefix_attention(*t.all, is_causal=True, implementation="sdpa")
+    return _attention(t, "sdpa")
+
+
+def _attention(t: Tensors, implementation: str) -> Tensor:
+    out = prefix_attention(*t.all, is_causal=True, implementation=implementation)
     assert isinstance(out, Tensor)
     return out
 
@@ -118,6 +127,7 @@ def concatenated(t: Tensors) -> tuple[Tensor, Tensor]:
 
 PROVIDERS: dict[str, Callable[[Tensors], Tensor]] = {
     "ours": ours,
+    "sdpa": ours_sdpa,
     "cat": cat_sdpa,
     "stock": transformers_way,
     "floor": no_prefix,

@@ -1,0 +1,102 @@
+"""What the C++ kernels have to reach, and whether a run's rows do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+Row = dict[str, Any]
+PEERS = {"stock": "transformers' way", "cat": "cat + SDPA", "sdpa": 'implementation="sdpa"'}
+# (dtype, pass) -> the geometric mean over the prefill shapes, against "stock"
+OVER_STOCK = {
+    ("bfloat16", "fwd"): 2.7,
+    ("bfloat16", "fwd+bwd"): 2.2,
+    ("float32", "fwd"): 1.5,
+    ("float32", "fwd+bwd"): 1.3,
+}
+OF_MATMUL = {
+    ("float32", "fwd"): 0.65,
+    ("float32", "bwd"): 0.60,
+    ("bfloat16", "fwd"): 0.45,
+    ("bfloat16", "bwd"): 0.35,
+}
+SHARED, LONG = 8, 512  # rows that share a prefix of so many tokens
+
+
+def verdicts(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One entry for each target that the rows say something about."""
+    timed = [row for row in rows if row["suite"] in ("prefill", "decode")]
+    found = [*_over_stock(timed), *_over_all(timed), *_shared_decode(timed)]
+    for row in rows:
+        if row["suite"] == "peak":
+            wanted = OF_MATMUL[row["dtype"], row["pass"]]
+            words = f"of torch's square matmul, {row['dtype']} {row['pass']}, {row['shape']}"
+            found.append(_verdict(words, wanted, row["of matmul"]))
+        elif row["suite"] == "overhead":
+            words = f"a tiny call over plain SDPA's, {row['shape']}"
+            found.append(_verdict(words, 2.0, row["ratio"], at_most=True))
+        elif row["suite"] == "memory":
+            ours = row["MiB"]["ours"]
+            copies = row["MiB"]["a copy of the prefix for each row"]
+            grown = (ours[-1] - ours[0]) / (copies[-1] - copies[0])
+            words = "growth of a training step's memory over B, as a part of prefix copies"
+            found.append(_verdict(words, 0.1, grown, at_most=True))
+    return found
+
+
+def _verdict(target: str, wanted: float, measured: float, at_most: bool = False) -> dict[str, Any]:
+    met = measured <= wanted if at_most else measured >= wanted
+    return {
+        "target": target,
+        "wanted": wanted,
+        "at_most": at_most,
+        "measured": measured,
+        "met": met,
+    }
+
+
+def _ratios(rows: Iterable[Row], peer: str) -> list[float]:
+    """How many times as long the peer takes; 0 where ours was wrong and has no time."""
+    return [
+        row["ms"][peer].median / row["ms"]["ours"].median if "ours" in row["ms"] else 0.0
+        for row in rows
+        if peer in row["ms"]
+    ]
+
+
+def _mean(ratios: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(math.log(max(r, 1e-9)) for r in ratios) / len(ratios))
+
+
+def _over_stock(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    for (dtype, passes), wanted in OVER_STOCK.items():
+        chosen = [
+            row
+            for row in rows
+            if (row["suite"], row["dtype"], row["pass"]) == ("prefill", dtype, passes)
+        ]
+        if ratios := _ratios(chosen, "stock"):
+            words = f"over transformers' way, {dtype} {passes}, geometric mean"
+            yield _verdict(words, wanted, _mean(ratios))
+
+
+def _over_all(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    for peer, words in PEERS.items():
+        if ratios := _ratios(rows, peer):
+            yield _verdict(f"over {words}, every row, the least", 1.0, min(ratios))
+        half = [row for row in rows if row["dtype"] == "bfloat16"]
+        if peer != "stock" and (ratios := _ratios(half, peer)):
+            yield _verdict(f"over {words}, bfloat16, geometric mean", 1.4, _mean(ratios))
+
+
+def _shared_decode(rows: list[Row]) -> Iterator[dict[str, Any]]:
+    shared = [
+        row for row in rows if row["suite"] == "decode" and row["B"] >= SHARED and row["P"] >= LONG
+    ]
+    for dtype in ("float32", "bfloat16"):
+        chosen = [row for row in shared if row["dtype"] == dtype]
+        if ratios := _ratios(chosen, "stock"):
+            words = f"decode, {SHARED} rows and more share {LONG} tokens and more, {dtype}"
+            yield _verdict(f"{words}, over transformers' way, the least", 8.0, min(ratios))
