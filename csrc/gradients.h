@@ -1,0 +1,196 @@
+// The backward of one block: it walks over the tiles once more and adds to the gradients.
+//
+// With weights w = exp(score - lse) and d = sum(dout * out) - dlse, the gradient of a score is
+// w (dout . value - d) (Dao et al., "FlashAttention", 2022, appendix B.2).
+#pragma once
+
+#include "by_lanes.h"
+#include "variant.h"
+
+namespace prefixattn::PREFIXATTN_ISA {
+
+// Sums of gradients of one head's keys and values, [keys][width]; null where nobody asked.
+template <class Sum>
+struct Sums {
+  Sum *key, *value;
+};
+
+// One thread's backward of one block after another.
+template <class T>
+class Backward {
+ public:
+  using Unit = UnitOf<T>;
+  using Sum = SumOf<T>;
+
+  Backward(const Arguments& a, Arena& arena) : arguments_(a), block_(a) {
+    arena.plan(&query_, units<Unit>(a.head_dim) * kBlock);
+    arena.plan(&dout_, units<Unit>(a.value_dim) * kBlock);
+    arena.plan(&out_, units<Unit>(a.value_dim) * kBlock);
+    arena.plan(&query_columns_, units<Unit>(kBlock) * key_width());
+    arena.plan(&dout_columns_, units<Unit>(kBlock) * value_width());
+    arena.plan(&packed_, kTile * units<Unit>(a.head_dim > a.value_dim ? a.head_dim : a.value_dim));
+    arena.plan(&key_columns_, units<Unit>(kTile) * key_width());
+    arena.plan(&operand_, units<Unit>(kTile * kBlock));
+    arena.plan(&weights_, kTile * kBlock);
+    arena.plan(&gradients_, kTile * kBlock);
+    arena.plan(&slopes_, a.softcap > 0 ? kTile * kBlock : 0);
+    arena.plan(&dquery_, a.head_dim * kBlock);
+  }
+
+  // Numbers from one key's sums to the next.
+  int64_t key_width() const { return round_up(arguments_.head_dim, kLanes<Sum>); }
+  int64_t value_width() const { return round_up(arguments_.value_dim, kLanes<Sum>); }
+
+  Block<T>& block() { return block_; }
+
+  // Packs the block that was filled in, and what comes from upstream at its queries.
+  void begin() {
+    const Arguments& a = arguments_;
+    const T *queries[kBlock], *douts[kBlock], *outs[kBlock];
+    for (int64_t lane = 0; lane < kBlock; ++lane) {
+      const bool real = lane < block_.count;
+      const Lane& at_lane = block_.lanes[real ? lane : 0];
+      queries[lane] = at<T>(a.query, at_lane);
+      douts[lane] = at<T>(a.dout, at_lane);
+      const Sum lse = static_cast<const Sum*>(a.lse)[place_of(a, at_lane)];
+      // Queries that see nothing, and lanes without one, get weights of exp(-inf).
+      lse_[lane] = !real || lse == -Sum(INFINITY) ? Sum(INFINITY) : lse;
+      outs[lane] = at<T>(a.out, at_lane);
+    }
+    pack_lanes(query_, queries, block_.count, a.head_dim);
+    pack_lanes(dout_, douts, block_.count, a.value_dim);
+    sum_delta(outs);
+    pack_columns(query_columns_, key_width(), [&](int64_t lane) { return queries[lane]; },
+                 lanes(), a.head_dim);
+    pack_columns(dout_columns_, value_width(), [&](int64_t lane) { return douts[lane]; }, lanes(),
+                 a.value_dim);
+    std::memset(dquery_, 0, size_t(a.head_dim * kBlock) * sizeof(Sum));
+  }
+
+  // Adds what the slots in `range` give to the queries' gradient and to `sums`.
+  void attend(Half half, const Source<T>& source, Interval range, Sums<Sum> sums) {
+    if (!sums.key && !sums.value && !arguments_.dquery.data) return;
+    Interval seen[kBlock];
+    const Interval span = block_.span(half, range, seen);
+    for (int64_t first = span.first; first < span.last; first += kTile) {
+      const int64_t keys = common({first, first + kTile}, span).last - first;
+      differentiate(half, source, seen, first, keys);
+      if (sums.value) add_to_values(sums.value + first * value_width(), half, first, keys);
+      if (capped()) bend(keys);
+      if (sums.key)
+        multiply(sums.key + first * key_width(), key_width(),
+                 over_queries(operand_, gradients_, keys), query_columns_, key_width(), keys,
+                 key_width() / kLanes<Sum>, units<Unit>(lanes()), Start::sum);
+      if (arguments_.dquery.data) add_to_queries(source, first, keys);
+    }
+  }
+
+  // Writes the gradient of the block's queries.
+  void finish() {
+    if (!arguments_.dquery.data) return;
+    alignas(64) Sum scale[kBlock];
+    T* rows[kBlock];
+    block_.rows(arguments_.dquery, rows);
+    for (int64_t lane = 0; lane < kBlock; ++lane) scale[lane] = Sum(arguments_.scale);
+    unpack_lanes(rows, dquery_, scale, block_.count, arguments_.head_dim);
+  }
+
+  // Adds the gradients of the scores of some slots to that of their half's bias.
+  void add_to_bias(Half half, const Source<T>& source, Interval range, const Bias& bias) {
+    Interval seen[kBlock];
+    const Interval span = block_.span(half, range, seen);
+    const Variant variant{arguments_, half};
+    for (int64_t first = span.first; first < span.last; first += kTile) {
+      const int64_t keys = common({first, first + kTile}, span).last - first;
+      differentiate(half, source, seen, first, keys);
+      for (int64_t lane = 0; lane < block_.count; ++lane) {
+        Sum* sums =
+            static_cast<Sum*>(bias.data) + variant.place(bias, block_.lanes[lane]) + first * bias.key;
+        for (int64_t key = 0; key < keys; ++key)
+          sums[key * bias.key] += gradients_[key * kBlock + lane];
+      }
+    }
+  }
+
+ private:
+  int64_t lanes() const { return block_.vectors() * kLanes<Sum>; }
+  bool capped() const { return arguments_.softcap > 0; }
+
+  // sum(dout * out) - dlse at each query, in the order in which `products` sums dout . value: of a
+  // query that sees one key both are the same number, and the gradient is 0.
+  void sum_delta(const T* const* outs) {
+    const Sum* dlse = static_cast<const Sum*>(arguments_.dlse);
+    pack_lanes(out_, outs, block_.count, arguments_.value_dim);
+    for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
+      Vector<Sum> sums{};
+      for (int64_t unit = 0; unit < units<Unit>(arguments_.value_dim); ++unit)
+        sums = multiply_lanes(sums, out_ + unit * kBlock + lane, dout_ + unit * kBlock + lane);
+      store(delta_ + lane, sums);
+    }
+    for (int64_t lane = 0; dlse && lane < block_.count; ++lane)
+      delta_[lane] -= dlse[place_of(arguments_, block_.lanes[lane])];
+  }
+
+  // Weights (before dropout) and gradients of the scores of one tile.
+  void differentiate(Half half, const Source<T>& source, const Interval* seen, int64_t first,
+                     int64_t keys) {
+    const Arguments& a = arguments_;
+    const Variant variant{a, half};
+    products(weights_, source.key + first * source.key_stride, source.key_stride, keys, a.head_dim,
+             query_, block_.vectors(), packed_);
+    products(gradients_, source.value + first * source.value_stride, source.value_stride, keys,
+             a.value_dim, dout_, block_.vectors(), packed_);
+    Sum scale = Sum(a.scale);
+    if (!variant.plain()) {
+      variant.score(weights_, capped() ? slopes_ : nullptr, block_.lanes, block_.count, first, keys);
+      scale = 1;
+    }
+    if (variant.dropped()) variant.drop(gradients_, block_.lanes, block_.count, first, keys);
+    Limits<Sum> room;
+    const Limits<Sum>* limits = block_.limit(seen, first, keys, room);
+    for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
+      const Vector<Sum> lse = load(lse_ + lane), delta = load(delta_ + lane);
+      for (int64_t key = 0; key < keys; ++key) {
+        const int64_t at = key * kBlock + lane;
+        Vector<Sum> scores = load(weights_ + at) * scale;
+        if (limits) scores = hide(scores, *limits, lane, key);
+        const Vector<Sum> weights = exp(scores - lse);
+        store(weights_ + at, weights);
+        store(gradients_ + at, weights * (load(gradients_ + at) - delta));
+      }
+    }
+  }
+
+  // Through the soft cap, to the gradients of scaled products.
+  void bend(int64_t keys) {
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
+        const int64_t at = key * kBlock + lane;
+        store(gradients_ + at, load(gradients_ + at) * load(slopes_ + at));
+      }
+  }
+
+  void add_to_values(Sum* sums, Half half, int64_t first, int64_t keys) {
+    const Variant variant{arguments_, half};
+    if (variant.dropped()) variant.drop(weights_, block_.lanes, block_.count, first, keys);
+    multiply(sums, value_width(), over_queries(operand_, weights_, keys), dout_columns_,
+             value_width(), keys, value_width() / kLanes<Sum>, units<Unit>(lanes()), Start::sum);
+  }
+
+  void add_to_queries(const Source<T>& source, int64_t first, int64_t keys) {
+    const T* from = source.key + first * source.key_stride;
+    const auto row = [&](int64_t key) { return from + key * source.key_stride; };
+    pack_columns(key_columns_, key_width(), row, keys, arguments_.head_dim);
+    multiply(dquery_, kBlock, Left<Unit>{key_columns_, 1, key_width()},
+             over_keys(operand_, gradients_, keys, block_.vectors()), kBlock, arguments_.head_dim,
+             block_.vectors(), units<Unit>(keys), Start::sum);
+  }
+
+  const Arguments& arguments_;
+  Block<T> block_;
+  alignas(64) Sum lse_[kBlock], delta_[kBlock];
+  Unit *query_, *dout_, *out_, *query_columns_, *dout_columns_, *packed_, *key_columns_, *operand_;
+  Sum *weights_, *gradients_, *slopes_, *dquery_;
+};
+
+}  // namespace prefixattn::PREFIXATTN_ISA
