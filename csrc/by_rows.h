@@ -36,6 +36,9 @@ class ByRows {
   void score(const Block<T>& block, const T* keys, int64_t stride, int64_t count, Sum* tile) {
     constexpr int lanes = kLanes<Sum>;
     const Wide wide = widen_rows(keys, stride, count, head_dim_, key_width_);
+    for (int64_t key = 0; key < count; ++key)  // blank lanes too, up to a whole vector
+      for (int64_t lane = 0; lane < block.count; lane += lanes)
+        store(tile + key * kBlock + lane, Vector<Sum>{});
     for (int64_t key = 0; key < count; key += lanes)
       for (int64_t query = 0; query < block.count; ++query) {
         const int64_t left = count - key < lanes ? count - key : lanes;

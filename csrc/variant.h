@@ -52,15 +52,17 @@ struct Variant {
   void score(Sum* tile, Sum* slopes, const Lane* lanes, int64_t count, int64_t first,
              int64_t keys) const {
     const Sum scale = Sum(arguments.scale), cap = Sum(arguments.softcap);
-    for (int64_t i = 0; i < keys * kBlock; i += kLanes<Sum>) {
-      Vector<Sum> scores = load(tile + i) * scale;
-      if (capped()) {
-        const Vector<Sum> bent = tanh(scores / cap);
-        scores = bent * cap;
-        if (slopes) store(slopes + i, Sum(1) - bent * bent);
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t lane = 0; lane < count; lane += kLanes<Sum>) {
+        const int64_t at = key * kBlock + lane;
+        Vector<Sum> scores = load(tile + at) * scale;
+        if (capped()) {
+          const Vector<Sum> bent = tanh(scores / cap);
+          scores = bent * cap;
+          if (slopes) store(slopes + at, Sum(1) - bent * bent);
+        }
+        store(tile + at, scores);
       }
-      store(tile + i, scores);
-    }
     if (has_alibi())
       for (int64_t lane = 0; lane < count; ++lane) {
         const Sum slope = Sum(arguments.alibi_slopes[lanes[lane].head]);
