@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
-    clean
+    test-sanitize test-arm clean
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -29,6 +29,8 @@ help:
 	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
+	@echo "make test-sanitize       the C++ kernels under sanitizers and valgrind (minutes)"
+	@echo "make test-arm            the C++ kernels, cross-compiled for ARM and emulated"
 	@echo "make lint                ruff and mypy"
 	@echo "make types               mypy alone"
 	@echo "make bench               measure the operation on this machine's CPU"
@@ -63,9 +65,21 @@ bench-gpu:
 	@$(ON_GPU) .ci/check_gpu.py safetensors rich transformers
 	@$(ON_GPU) -m benchmarks.gpu $(ARGS)
 
+test-sanitize: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/native/sanitize.py -n $(WORKERS) $(ARGS)
+
+test-arm: $(STAMP)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	    echo "make test-arm needs $$tool; on Debian and Ubuntu:" \
+	         "apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	@CXX=aarch64-linux-gnu-g++ $(BIN)/pytest -n $(WORKERS) tests/native/test_headers.py \
+	    -k program_of --native-runner='qemu-aarch64 -L /usr/aarch64-linux-gnu' $(ARGS)
+
+CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/headers/*)
 lint: $(STAMP)
 	@echo "ruff check"; $(BIN)/ruff check .
 	@echo "ruff format --check"; $(BIN)/ruff format --check .
+	@echo "clang-format --dry-run"; $(BIN)/clang-format --dry-run -Werror $(CPP)
 	@$(MAKE) --no-print-directory types
 
 types: $(STAMP)

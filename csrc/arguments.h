@@ -35,7 +35,7 @@ struct Arguments {
   Bias prefix_bias, attn_mask;
   // Backward only. A gradient that nobody asked for is null.
   Tensor dout, dquery, dkey, dvalue, dprefix_key, dprefix_value;
-  const void* dlse;  // as lse, or null
+  const void* dlse;               // as lse, or null
   Bias dprefix_bias, dattn_mask;  // sums, as lse: float or double
 };
 

@@ -1,7 +1,7 @@
 // The backward of one call: its tasks, on threads, and who owns which sum.
 //
-// A block owns its queries' gradient. A strand, the rows of one bank entry and a key head, owns those
-// of the keys and values that it reads: one thread walks it, row after row, in order.
+// A block owns its queries' gradient. A strand, the rows of one bank entry and a key head, owns
+// those of the keys and values that it reads: one thread walks it, row after row, in order.
 #pragma once
 
 #include "forward.h"
@@ -9,8 +9,8 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// Room for the sums of one half: `parts` of them for each owner, to be added up in their order. With
-// one part they belong to the thread, which writes them when the owner's work is done.
+// Room for the sums of one half: `parts` of them for each owner, to be added up in their order.
+// With one part they belong to the thread, which writes them when the owner's work is done.
 template <class T>
 struct Store {
   using Sum = SumOf<T>;

@@ -47,7 +47,7 @@ struct Block {
     Interval all{range.last, range.first};
     for (int64_t lane = 0; lane < count; ++lane) {
       const Lane& at = lanes[lane];
-      seen[lane] = common(seen_by(arguments, at.row, half, at.query), range);
+      seen[lane] = overlap(seen_by(arguments, at.row, half, at.query), range);
       if (seen[lane].first >= seen[lane].last) continue;
       if (seen[lane].first < all.first) all.first = seen[lane].first;
       if (seen[lane].last > all.last) all.last = seen[lane].last;
@@ -63,7 +63,7 @@ struct Block {
       whole &= seen[lane].first <= first && seen[lane].last >= first + keys;
     if (whole) return nullptr;
     for (int64_t lane = 0; lane < vectors() * kLanes<Sum>; ++lane) {
-      Interval own = lane < count ? common(seen[lane], {first, first + keys}) : Interval{0, 0};
+      Interval own = lane < count ? overlap(seen[lane], {first, first + keys}) : Interval{0, 0};
       if (own.first >= own.last) own = {first, first};  // what sees nothing may lie anywhere
       limits.first[lane] = Integer<Sum>(own.first - first);
       limits.last[lane] = Integer<Sum>(own.last - first);

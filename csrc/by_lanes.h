@@ -5,21 +5,6 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// Products of a tile's rows and of what a block's lanes hold, [row][lane]. The rows are multiplied
-// where they lie if they lie there in units, else from `packed`.
-template <class T>
-void products(SumOf<T>* tile, const T* rows, int64_t stride, int64_t count, int64_t width,
-              const UnitOf<T>* lanes, int64_t vectors, [[maybe_unused]] UnitOf<T>* packed) {
-  using Unit = UnitOf<T>;
-  Left<Unit> left{packed, units<Unit>(width), 1};
-  if constexpr (std::is_same_v<T, Unit>) {
-    left = {rows, stride, 1};
-  } else {
-    pack_rows(packed, rows, stride, count, width);
-  }
-  multiply(tile, kBlock, left, lanes, kBlock, count, vectors, units<Unit>(width), Start::zero);
-}
-
 template <class T>
 class ByLanes {
  public:
@@ -50,11 +35,12 @@ class ByLanes {
   // sums = sums * factors + weights * values, for a tile of weights [key][kBlock].
   void add(const Block<T>& block, const T* values, int64_t stride, int64_t count, const Sum* tile,
            const Sum* factors) {
-    pack_columns(value_, value_stride(), [&](int64_t key) { return values + key * stride; }, count,
-                 value_dim_);
+    pack_columns(
+        value_, value_stride(), [&](int64_t key) { return values + key * stride; }, count,
+        value_dim_);
     multiply(sums_, kBlock, Left<Unit>{value_, 1, value_stride()},
-             over_keys(weights_, tile, count, block.vectors()), kBlock, value_dim_,
-             block.vectors(), units<Unit>(count), fresh_ ? Start::zero : Start::scaled, factors);
+             over_keys(weights_, tile, count, block.vectors()), kBlock, value_dim_, block.vectors(),
+             units<Unit>(count), fresh_ ? Start::zero : Start::scaled, factors);
     fresh_ = false;
   }
 

@@ -42,8 +42,8 @@ class ByRows {
     for (int64_t key = 0; key < count; key += lanes)
       for (int64_t query = 0; query < block.count; ++query) {
         const int64_t left = count - key < lanes ? count - key : lanes;
-        const auto dots = left == lanes ? dot<lanes>(query, wide, key, lanes)
-                                        : dot<1>(query, wide, key, left);
+        const auto dots =
+            left == lanes ? dot<lanes>(query, wide, key, lanes) : dot<1>(query, wide, key, left);
         for (int64_t i = 0; i < left; ++i) tile[(key + i) * kBlock + query] = dots[i];
       }
   }

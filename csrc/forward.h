@@ -7,14 +7,13 @@ namespace prefixattn::PREFIXATTN_ISA {
 
 template <class Body>
 void on_threads(int threads, Body body) {
-  run_on_threads(
-      threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
+  run_on_threads(threads, [](void* context) { (*static_cast<Body*>(context))(); }, &body);
 }
 
 // The chunk's share of some slots, cut at whole tiles.
 inline Interval chunk_of(int64_t slots, int64_t chunk, int64_t chunks) {
   const int64_t size = round_up(ceil_div(slots, chunks), kTile);
-  return common({chunk * size, (chunk + 1) * size}, {0, slots});
+  return overlap({chunk * size, (chunk + 1) * size}, {0, slots});
 }
 
 // Fills a block with the row's queries of one key head from number `first` on.
@@ -22,7 +21,7 @@ template <class T>
 void fill(Block<T>& block, const Row& row, int64_t key_head, int64_t first) {
   const Arguments& a = block.arguments;
   const Interval numbers =
-      common({first, first + kBlock}, {0, row.queries * (a.heads / a.key_heads)});
+      overlap({first, first + kBlock}, {0, row.queries * (a.heads / a.key_heads)});
   block.count = 0;
   for (int64_t number = numbers.first; number < numbers.last; ++number)
     block.lanes[block.count++] = lane_of(a, row, key_head, number);
@@ -103,8 +102,8 @@ void forward_split(const Arguments& a, const Schedule& s, std::atomic<bool>& fai
     const int64_t chunk = task % s.prefix_chunks, block = task / s.prefix_chunks % s.prefix_blocks;
     const int64_t strand = task / s.prefix_chunks / s.prefix_blocks, key_head = strand % heads;
     const Sharers& group = s.sharers[size_t(strand / heads)];
-    const Interval numbers = common({block * kBlock, (block + 1) * kBlock},
-                                    {0, (group.last - group.first) * lanes});
+    const Interval numbers =
+        overlap({block * kBlock, (block + 1) * kBlock}, {0, (group.last - group.first) * lanes});
     Block<T>& mine = forward.block();
     mine.count = 0;
     for (int64_t number = numbers.first; number < numbers.last; ++number)

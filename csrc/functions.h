@@ -31,7 +31,8 @@ inline Vector<double> exp(Vector<double> x) {
   return x;
 }
 
-// tanh x, under 1.5 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
+// tanh x, under 1.5 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1)
+// beyond.
 inline Vector<float> tanh(Vector<float> x) {
   const Vector<float> size = x < 0.0f ? -x : x;
   const Vector<float> square = x * x;
@@ -41,7 +42,8 @@ inline Vector<float> tanh(Vector<float> x) {
   series = series * square + 0x1.110726p-3f;
   series = series * square + -0x1.555532p-2f;
   const Vector<float> near = x + x * square * series;
-  const Vector<float> far = 1.0f - 2.0f / (exp(size > 10.0f ? broadcast(20.0f) : size + size) + 1.0f);
+  const Vector<float> far =
+      1.0f - 2.0f / (exp(size > 10.0f ? broadcast(20.0f) : size + size) + 1.0f);
   return size < 0.625f ? near : x < 0.0f ? -far : far;
 }
 

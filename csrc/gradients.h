@@ -4,7 +4,7 @@
 // w (dout . value - d) (Dao et al., "FlashAttention", 2022, appendix B.2).
 #pragma once
 
-#include "by_lanes.h"
+#include "block.h"
 #include "variant.h"
 
 namespace prefixattn::PREFIXATTN_ISA {
@@ -60,10 +60,12 @@ class Backward {
     pack_lanes(query_, queries, block_.count, a.head_dim);
     pack_lanes(dout_, douts, block_.count, a.value_dim);
     sum_delta(outs);
-    pack_columns(query_columns_, key_width(), [&](int64_t lane) { return queries[lane]; },
-                 lanes(), a.head_dim);
-    pack_columns(dout_columns_, value_width(), [&](int64_t lane) { return douts[lane]; }, lanes(),
-                 a.value_dim);
+    pack_columns(
+        query_columns_, key_width(), [&](int64_t lane) { return queries[lane]; }, lanes(),
+        a.head_dim);
+    pack_columns(
+        dout_columns_, value_width(), [&](int64_t lane) { return douts[lane]; }, lanes(),
+        a.value_dim);
     std::memset(dquery_, 0, size_t(a.head_dim * kBlock) * sizeof(Sum));
   }
 
@@ -73,7 +75,7 @@ class Backward {
     Interval seen[kBlock];
     const Interval span = block_.span(half, range, seen);
     for (int64_t first = span.first; first < span.last; first += kTile) {
-      const int64_t keys = common({first, first + kTile}, span).last - first;
+      const int64_t keys = overlap({first, first + kTile}, span).last - first;
       differentiate(half, source, seen, first, keys);
       if (sums.value) add_to_values(sums.value + first * value_width(), half, first, keys);
       if (capped()) bend(keys);
@@ -101,11 +103,11 @@ class Backward {
     const Interval span = block_.span(half, range, seen);
     const Variant variant{arguments_, half};
     for (int64_t first = span.first; first < span.last; first += kTile) {
-      const int64_t keys = common({first, first + kTile}, span).last - first;
+      const int64_t keys = overlap({first, first + kTile}, span).last - first;
       differentiate(half, source, seen, first, keys);
       for (int64_t lane = 0; lane < block_.count; ++lane) {
-        Sum* sums =
-            static_cast<Sum*>(bias.data) + variant.place(bias, block_.lanes[lane]) + first * bias.key;
+        Sum* sums = static_cast<Sum*>(bias.data) + variant.place(bias, block_.lanes[lane]) +
+                    first * bias.key;
         for (int64_t key = 0; key < keys; ++key)
           sums[key * bias.key] += gradients_[key * kBlock + lane];
       }
@@ -142,7 +144,8 @@ class Backward {
              a.value_dim, dout_, block_.vectors(), packed_);
     Sum scale = Sum(a.scale);
     if (!variant.plain()) {
-      variant.score(weights_, capped() ? slopes_ : nullptr, block_.lanes, block_.count, first, keys);
+      variant.score(weights_, capped() ? slopes_ : nullptr, block_.lanes, block_.count, first,
+                    keys);
       scale = 1;
     }
     if (variant.dropped()) variant.drop(gradients_, block_.lanes, block_.count, first, keys);

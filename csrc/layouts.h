@@ -6,7 +6,6 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-
 // An integer with a unit's bits, which shuffles move about.
 template <class Unit>
 using Bits = std::conditional_t<sizeof(Unit) == 8, uint64_t, uint32_t>;
@@ -44,8 +43,8 @@ void pack_rows(Unit* to, const T* from, int64_t stride, int64_t rows, int64_t wi
   }
 }
 
-// to [units(rows)][to_stride]: a unit holds numbers of one column of the rows `row_at(0)`, ... Zeros
-// fill it up to whole vectors, for which `to_stride` has room.
+// to [units(rows)][to_stride]: a unit holds numbers of one column of the rows `row_at(0)`, ...
+// Zeros fill it up to whole vectors, for which `to_stride` has room.
 template <class Unit, class RowAt>
 void pack_columns(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; row += kPerUnit<Unit>, to += to_stride) {
@@ -144,6 +143,21 @@ Left<Unit> over_queries(Unit* to, const Sum* tile, [[maybe_unused]] int64_t keys
 #endif
     return {to, kBlock / 2, 1};
   }
+}
+
+// Products of a tile's rows and of what a block's lanes hold, [row][lane]. The rows are multiplied
+// where they lie if they lie there in units, else from `packed`.
+template <class T>
+void products(SumOf<T>* tile, const T* rows, int64_t stride, int64_t count, int64_t width,
+              const UnitOf<T>* lanes, int64_t vectors, [[maybe_unused]] UnitOf<T>* packed) {
+  using Unit = UnitOf<T>;
+  Left<Unit> left{packed, units<Unit>(width), 1};
+  if constexpr (std::is_same_v<T, Unit>) {
+    left = {rows, stride, 1};
+  } else {
+    pack_rows(packed, rows, stride, count, width);
+  }
+  multiply(tile, kBlock, left, lanes, kBlock, count, vectors, units<Unit>(width), Start::zero);
 }
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -80,6 +80,7 @@ void run_on_threads(int threads, void (*job)(void*), void* context) {
   if (threads <= 1 || (in_parallel && in_parallel())) return job(context);
   if (parallel && !forked) return parallel(job, context, unsigned(threads), 0);
   std::vector<std::thread> helpers;
+  helpers.reserve(size_t(threads));
   for (int i = 1; i < threads; ++i) {
     try {
       helpers.emplace_back(job, context);

@@ -1,5 +1,5 @@
-// Work for several threads: the caller's OpenMP runtime where there is one (torch's own, so that two
-// pools of threads never fight for the cores), plain threads otherwise.
+// Work for several threads: the caller's OpenMP runtime where there is one (torch's own, so that
+// two pools of threads never fight for the cores), plain threads otherwise.
 #pragma once
 
 #include <atomic>
@@ -38,8 +38,8 @@ class Arena {
     size_ += (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
   }
 
-  // Gives every announced array its place, aligned for vectors and not initialised. A small arena is
-  // memory that the thread keeps from call to call.
+  // Gives every announced array its place, aligned for vectors and not initialised. A small arena
+  // is memory that the thread keeps from call to call.
   bool reserve();
 
  private:

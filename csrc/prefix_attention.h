@@ -1,5 +1,5 @@
-// The forward of one block: it walks over the tiles of prefix and sequence, where they lie, and keeps
-// one softmax for both.
+// The forward of one block: it walks over the tiles of prefix and sequence, where they lie, and
+// keeps one softmax for both.
 #pragma once
 
 #include "by_lanes.h"
@@ -37,7 +37,7 @@ class Forward {
     const Interval span = block_.span(half, range, seen);
     const Variant variant{arguments_, half};
     for (int64_t first = span.first; first < span.last; first += kTile) {
-      const int64_t keys = common({first, first + kTile}, span).last - first;
+      const int64_t keys = overlap({first, first + kTile}, span).last - first;
       Limits<Sum> limits;
       absorb(variant, source, first, keys, block_.limit(seen, first, keys, limits));
     }

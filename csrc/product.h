@@ -1,16 +1,16 @@
 // The matrix product that everything here is made of: C += A B, with A broadcast number by number
 // and a row of B in vectors.
 //
-// Attention has five products. With queries in the lanes of vectors (scores, and their gradients, as
-// [key][query]; the output as [head dim][query]) none of them needs a sum across lanes.
+// Attention has five products. With queries in the lanes of vectors (scores, and their gradients,
+// as [key][query]; the output as [head dim][query]) none of them needs a sum across lanes.
 #pragma once
 
 #include "simd.h"
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// One step along the dimension that a product sums over: a number, or two bfloat16 whose products an
-// instruction adds to a float.
+// One step along the dimension that a product sums over: a number, or two bfloat16 whose products
+// an instruction adds to a float.
 struct Pair {
   uint32_t bits;
 };

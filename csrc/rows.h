@@ -9,7 +9,7 @@ struct Interval {
   int64_t first, last;  // [first, last)
 };
 
-inline Interval common(Interval a, Interval b) {
+inline Interval overlap(Interval a, Interval b) {
   return {a.first > b.first ? a.first : b.first, a.last < b.last ? a.last : b.last};
 }
 
@@ -17,11 +17,12 @@ enum class Half { prefix, sequence };
 
 // Slots count from the row's first key. `entry` is the row's place in the bank, -1 for none.
 struct Row {
-  int64_t number, batch, first_query, queries, first_key, keys, start, stop, offset, entry, prefix_tokens;
+  int64_t number, batch, first_query, queries, first_key, keys, start, stop, offset, entry,
+      prefix_tokens;
 };
 
 inline Row row_of(const Arguments& a, int64_t number) {
-  constexpr int64_t kFar = int64_t(1) << 61;  // sums of positions stay within int64
+  constexpr int64_t kFar = int64_t(1) << 62;  // a query's own position stays within int64
   Row row{number, number, 0, a.queries, 0, a.keys, 0, a.keys, 0, a.bank == 1 ? 0 : number, 0};
   if (a.bounds_q) {
     row.batch = 0;
@@ -40,19 +41,25 @@ inline Row row_of(const Arguments& a, int64_t number) {
   return row;
 }
 
+// A number of any size as a slot from 0 to `slots`.
+inline int64_t slot_at(__int128 number, int64_t slots) {
+  return number < 0 ? 0 : number > slots ? slots : int64_t(number);
+}
+
 // The slots of one half that a query of the row sees, before any mask.
 inline Interval seen_by(const Arguments& a, const Row& row, Half half, int64_t query) {
   const int64_t position = row.offset + query;
+  const __int128 oldest = __int128(position) - a.window + 1;  // what a window still shows
   if (half == Half::prefix) {
     Interval seen{0, row.prefix_tokens};
     if (a.windowed_prefix && a.window >= 0)  // token j sits at start + j - prefix_tokens
-      seen.first = position - a.window + 1 - row.start + row.prefix_tokens;
-    return common(seen, {0, row.prefix_tokens});
+      seen.first = slot_at(oldest - row.start + row.prefix_tokens, row.prefix_tokens);
+    return seen;
   }
   Interval seen{row.start, row.stop};
-  if (a.is_causal) seen.last = position + 1;
-  if (a.window >= 0) seen.first = position - a.window + 1;
-  return common(seen, {row.start, row.stop});
+  if (a.is_causal) seen.last = slot_at(__int128(position) + 1, row.stop);
+  if (a.window >= 0) seen.first = slot_at(oldest, row.stop);
+  return overlap(seen, {row.start, row.stop});
 }
 
 // One query of one head: what a lane of a block computes. `query` counts from the row's first.

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <numeric>
 
-#define PREFIXATTN_ISA common
+#define PREFIXATTN_ISA scheduling
 #include "rows.h"
 
 namespace prefixattn {
 namespace {
 
-using common::row_of;
+using scheduling::row_of;
 
 // Waking other threads costs more than this many multiplications.
 constexpr double kWorthThreads = 1e6;
@@ -64,7 +64,8 @@ int64_t chunks(int64_t wanted, int64_t tasks, int64_t keys) {
 Schedule forward_schedule(const Arguments& a) {
   Schedule s = common_schedule(a);
   if (a.bounds_q) return s;
-  const int64_t lanes = a.queries * (a.heads / a.key_heads), tasks = a.rows * a.key_heads * s.blocks;
+  const int64_t lanes = a.queries * (a.heads / a.key_heads),
+                tasks = a.rows * a.key_heads * s.blocks;
   const bool few_queries = lanes <= kBlock / 2, few_tasks = tasks < cut_for(a, s);
   if (!few_queries && !few_tasks) return s;
   group_rows(a, s);

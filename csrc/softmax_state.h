@@ -63,8 +63,8 @@ struct SoftmaxState {
     }
   }
 
-  // Merges the state of the same query over other keys, or of a sink, into a lane. Returns what this
-  // side's sums and the other's have to be multiplied by.
+  // Merges the state of the same query over other keys, or of a sink, into a lane. Returns what
+  // this side's sums and the other's have to be multiplied by.
   std::pair<Sum, Sum> merge(int64_t lane, Sum other_peak, Sum other_total) {
     const Sum highest = peak[lane] < other_peak ? other_peak : peak[lane];
     const Sum level = highest == -Sum(INFINITY) ? Sum(0) : highest;

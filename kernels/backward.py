@@ -46,7 +46,7 @@ from prefixattn.kernels.tile import (
     wide,
 )
 from prefixattn.kernels.upstream import Upstream, at_queries, drop, load_queries, of_half
-from prefixattn.problem import Problem
+from prefixattn.problem import Problem, room_like
 
 
 def backward(
@@ -103,7 +103,7 @@ def _sinks(p: Problem, up: Upstream) -> Tensor:
 
 def _queries(p: Problem, up: Upstream) -> Tensor:
     shape = tiles_for(p, "dq")
-    dquery = torch.empty_like(p.query)
+    dquery = room_like(p.query)
     _dq[(tiles_of(p.M, shape.BLOCK_M, p) * p.B * p.H,)](
         view(p.query),
         view(p.key),

@@ -43,7 +43,7 @@ from prefixattn.kernels.tile import (
     store_tile,
 )
 from prefixattn.kernels.upstream import Upstream, at_queries, drop, load_queries, of_half
-from prefixattn.problem import Problem
+from prefixattn.problem import Problem, room_like
 
 KEYS = ("prefix_key", "key")
 VALUES = ("prefix_value", "value")
@@ -73,10 +73,11 @@ def _parts(p: Problem, name: str, plan: config.Plan) -> Tensor:
     """Room for an argument's gradient `[1, …]`, or for float32 parts of it `[splits, …]`."""
     argument: Tensor = getattr(p, name)
     splits = plan.prefix_splits if name.startswith("prefix") else plan.key_splits
-    make = torch.zeros_like if p.packed else torch.empty_like  # keys of no segment have no program
     if splits == 1:
-        return make(argument).unsqueeze(0)
-    return make(argument.new_empty((splits, *argument.shape), dtype=torch.float32))
+        room = room_like(argument).unsqueeze(0)
+    else:
+        room = argument.new_empty((splits, *argument.shape), dtype=torch.float32)
+    return room.zero_() if p.packed else room  # keys of no segment have no program
 
 
 def _launch_slots(

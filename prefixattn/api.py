@@ -113,7 +113,8 @@ def prefix_attention(
     if plain and prefix_in_window == "visible":
         tensors = (query, key, value, prefix_key, prefix_value)
         options = (is_causal, scale, implementation)
-        known = type(return_lse) is bool and (scale is None or type(scale) is float)
+        known = type(return_lse) is bool and type(implementation) is str
+        known = known and (scale is None or type(scale) is float)
         if known and quick.takes(*tensors):
             run = quick.run_for(*tensors, options, _prepare)
             if run is not None:

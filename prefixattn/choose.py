@@ -23,6 +23,7 @@ class Implementation(NamedTuple):
     obstacle: Callable[[bool], str | None]
     refusal: Callable[[Problem], str | None]
     words: Callable[[Problem], str]
+    built: bool = False  # the answer of `obstacle` may take a while: other questions come first
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -108,7 +109,7 @@ IMPLEMENTATIONS = (
         _triton_refusal,
         lambda problem: "fused Triton kernels: prefix and sequence in one loop, where they lie",
     ),
-    Implementation("cpu", _cpu_obstacle, _cpu_refusal, _cpu_words),
+    Implementation("cpu", _cpu_obstacle, _cpu_refusal, _cpu_words, built=True),
     Implementation("sdpa", lambda by_name: None, _anything, _sdpa_words),
     Implementation(
         "reference",
@@ -150,7 +151,8 @@ def choose(implementation: str, problem: Problem | None = None) -> str:
 
 def _reason(found: Implementation, problem: Problem | None, by_name: bool) -> str | None:
     """Why an implementation cannot run; None if it can."""
-    reason = found.obstacle(by_name)
+    refused = problem is not None and found.built and found.refusal(problem)
+    reason = refused or found.obstacle(by_name)
     if reason is None and problem is not None:
         reason = found.refusal(problem)
     return reason

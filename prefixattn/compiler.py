@@ -115,10 +115,17 @@ def build(
     return folder / NAME
 
 
+def _accepts(compiler: Compiler, flags: Sequence[str]) -> bool:
+    command = [*compiler.command, *flags, "-E", "-x", "c++", os.devnull]
+    return not flags or subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def _recipe(compiler: Compiler, sets: Iterable[str] | None, extra: Sequence[str]) -> str:
     """The text of build.ninja."""
     flags = compiler.flags()
-    chosen = list(flags) if sets is None else list(sets)
+    if sets is None:  # a compiler may be older than an instruction set
+        sets = [name for name, own in flags.items() if _accepts(compiler, own)]
+    chosen = list(sets)
     if unknown := set(chosen) - set(flags):
         raise BuildError(
             f"sets: expected some of {', '.join(flags)} for {compiler.machine},"

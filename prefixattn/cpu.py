@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import build
-from prefixattn.problem import TENSORS, Problem
+from prefixattn.problem import TENSORS, Problem, room_like
 
 DTYPES = {
     torch.float32: 0,
@@ -81,7 +81,6 @@ def _backward(
     grads = {name: _empty_gradient(p, name) for name in wanted if name in (*TENSORS, *BIASES)}
     if dlse is not None:
         dlse = dlse.to(lse.dtype).contiguous()
-    # Expanded or strided results of other implementations may come in here; ours are neither.
     lse = lse.contiguous()
     tensors = [_tensor(x) for x in (dout, *(grads.get(name) for name in TENSORS))]
     biases = [_bias(grads.get(name), _size(p, name)) for name in BIASES]
@@ -105,9 +104,8 @@ def _empty_gradient(p: Problem, name: str) -> Tensor:
     like = getattr(p, name)
     if name in BIASES:  # summed in the accumulating dtype
         return torch.zeros(like.shape, dtype=p.accumulator, device=like.device)
-    if p.packed or name.startswith("prefix"):
-        return torch.zeros_like(like)
-    return torch.empty_like(like)
+    room = room_like(like)
+    return room.zero_() if p.packed or name.startswith("prefix") else room
 
 
 def _sink_gradient(
@@ -270,7 +268,12 @@ def library() -> ctypes.CDLL:
     for name in ("prefixattn_forward", "prefixattn_backward"):
         getattr(loaded, name).argtypes = [ctypes.c_char_p]
     loaded.prefixattn_instructions.restype = ctypes.c_char_p
-    assert loaded.prefixattn_arguments_size() == RECORD.size
+    size = loaded.prefixattn_arguments_size()
+    if size != RECORD.size:
+        raise build.BuildError(
+            f"{loaded._name} expects a record of {size} bytes and this version has {RECORD.size}: "
+            "remove it to have it built again"
+        )
     return loaded
 
 

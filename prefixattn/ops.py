@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixattn import quick
-from prefixattn.problem import DIFFERENTIABLE, FIELD_NAMES, Problem, schema_arguments
+from prefixattn.problem import (
+    DIFFERENTIABLE,
+    FIELD_NAMES,
+    TENSOR_FIELDS,
+    Problem,
+    schema_arguments,
+)
 from prefixattn.rules import check_values
 
 NAMESPACE = "prefixattn"
@@ -56,10 +62,8 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
     Returns:
         `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable.
     """
-    if quick.unwatched() and all(
-        type(x) in quick.PLAIN for x in problem.__dict__.values() if isinstance(x, Tensor)
-    ):
-        tensors = [getattr(problem, name) for name in DIFFERENTIABLE]
+    tensors = [getattr(problem, name) for name in TENSOR_FIELDS]
+    if quick.unwatched() and all(x is None or quick.plain(x) for x in tensors):
         return _Eager.apply(problem, implementation, *tensors)
     if not torch.compiler.is_compiling():
         _refuse_transforms(problem)
@@ -107,8 +111,10 @@ def _run_backward(
     implementation: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
-    if dout is not None and dout.shape[-1] > 1 and dout.stride(-1) != 1:
-        dout = dout.contiguous()  # an expanded gradient, of a sum, say
+    # Expanded, as of a sum, or merged by ring attention, in float32 and laid out as it likes.
+    dtype = problem.query.dtype
+    dout = None if dout is None else _rows(dout.to(dtype))
+    out, lse = _rows(out.to(dtype)), lse.to(problem.accumulator)
     with _no_autocast(problem):
         module = importlib.import_module(BACKWARD[implementation])
         grads = module.backward(problem, dout, dlse, out, lse, tuple(wanted))
@@ -121,6 +127,10 @@ def _no_autocast(problem: Problem) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device, enabled=False)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _like(grad: Tensor, argument: Tensor) -> Tensor:
@@ -180,8 +190,9 @@ class _Eager(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         results = _run_forward(problem, implementation)
         ctx.set_materialize_grads(False)
-        # What is saved may be packed away until the backward: nothing else may keep it alive.
-        ctx.problem = problem.but(**dict.fromkeys(DIFFERENTIABLE))
+        # Every tensor is saved as autograd saves: packed away or changed since, it is noticed, and
+        # nothing else keeps it alive.
+        ctx.problem = problem.but(**dict.fromkeys(TENSOR_FIELDS))
         ctx.implementation = implementation
         ctx.save_for_backward(*results, *tensors)
         return results
@@ -189,18 +200,19 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         out, lse, *tensors = ctx.saved_tensors
-        problem = ctx.problem.but(**dict(zip(DIFFERENTIABLE, tensors, strict=True)))
-        needed = ctx.needs_input_grad[2:]
-        wanted = [name for name, need in zip(DIFFERENTIABLE, needed, strict=True) if need]
+        problem = ctx.problem.but(**dict(zip(TENSOR_FIELDS, tensors, strict=True)))
+        needed = dict(zip(TENSOR_FIELDS, ctx.needs_input_grad[2:], strict=True))
+        wanted = [name for name in DIFFERENTIABLE if needed[name]]
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         upstream = (dout, dlse, out, lse)
         if torch.is_grad_enabled() or not quick.unwatched():  # the operator says what it cannot
             run = torch.ops.prefixattn.attention_backward
-            grads = iter(run(*upstream, *problem.arguments, ctx.implementation, wanted))
+            grads = run(*upstream, *problem.arguments, ctx.implementation, wanted)
         else:
-            grads = iter(_run_backward(*upstream, problem, ctx.implementation, wanted))
-        return (None, None, *(next(grads) if need else None for need in needed))
+            grads = _run_backward(*upstream, problem, ctx.implementation, wanted)
+        found = dict(zip(wanted, grads, strict=True))
+        return (None, None, *(found.get(name) for name in TENSOR_FIELDS))
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -181,6 +181,7 @@ class Segment(NamedTuple):
 
 
 FIELD_NAMES = tuple(field.name for field in fields(Problem))
+TENSOR_FIELDS = tuple(field.name for field in fields(Problem) if "Tensor" in str(field.type))
 SCHEMA_TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
@@ -195,6 +196,17 @@ SCHEMA_TYPES = {
 def schema_arguments() -> str:
     """The operators' argument list, one `Type name` per field of `Problem`."""
     return ", ".join(f"{SCHEMA_TYPES[str(field.type)]} {field.name}" for field in fields(Problem))
+
+
+def room_like(argument: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Unwritten room for a gradient, laid out as its argument is, with a contiguous last dimension.
+
+    `empty_like` alone gives an argument that overlaps itself some other last stride.
+    """
+    room = torch.empty_like(argument, dtype=dtype)
+    if room.ndim and room.shape[-1] > 1 and room.stride(-1) != 1:
+        room = torch.empty_like(argument, dtype=dtype, memory_format=torch.contiguous_format)
+    return room
 
 
 def of_segment(name: str, tensor: Tensor | None, queries: slice, keys: slice) -> Tensor | None:

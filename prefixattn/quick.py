@@ -48,12 +48,18 @@ def unwatched() -> bool:
     )
 
 
+def plain(tensor: Tensor) -> bool:
+    """Whether the tensor is what its memory says: no subclass, no sign yet to be applied."""
+    return type(tensor) in PLAIN and not tensor.is_neg()
+
+
 def takes(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> bool:
     """Whether nothing but the numbers in the tensors' own memory is asked for, now and here."""
-    types = {type(q), type(k), type(v), type(pk), type(pv)}
-    if not (types <= PLAIN and q.is_cpu and k.is_cpu and v.is_cpu and pk.is_cpu and pv.is_cpu):
+    if not unwatched() or torch.is_autocast_enabled("cpu"):
         return False
-    return unwatched() and not torch.is_autocast_enabled("cpu")
+    if not (plain(q) and plain(k) and plain(v) and plain(pk) and plain(pv)):
+        return False
+    return q.is_cpu and k.is_cpu and v.is_cpu and pk.is_cpu and pv.is_cpu
 
 
 def run_for(

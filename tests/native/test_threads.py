@@ -1,0 +1,245 @@
+"""Threads: the same bits, no more threads than torch is told to take, and no way to hang."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixattn import build, prefix_attention
+from prefixattn.testing import Case, Inputs, evaluate, make_inputs, poisoned_memory
+
+LONGEST = 120  # seconds that anything may take
+TASKS = Path("/proc/self/task")
+
+# Enough work for threads, and prefixes that several rows, or several blocks of one row, share.
+TRAINING = Case("training", B=5, H=2, H_kv=1, M=70, N=70, P=200, D=64)
+ONE_ROW = Case("one-row", B=1, H=4, H_kv=1, M=300, N=300, P=200, D=64)
+DECODE = Case("decode", B=2, H=4, H_kv=1, M=1, N=1500, P=1500, D=128)
+SMALL = Case("small", M=40, N=40, P=16, D=64)
+
+SetThreads = Callable[[int], None]
+
+
+@pytest.fixture
+def set_threads() -> Iterator[SetThreads]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def results(inputs: Inputs, deterministic: bool = False) -> list[Tensor]:
+    """Output, lse and every gradient."""
+
+    def run(arguments: Inputs) -> tuple[Tensor, Tensor]:
+        out, lse = prefix_attention(
+            **arguments, implementation="cpu", return_lse=True, deterministic=deterministic
+        )
+        return out, lse
+
+    found = evaluate(inputs, run)
+    return [found.out, found.lse, *found.grads.values()]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [TRAINING, ONE_ROW, DECODE], ids=lambda case: case.name)
+def test_deterministic_gives_the_same_bits_on_any_number_of_threads(
+    case: Case, dtype: torch.dtype, set_threads: SetThreads
+) -> None:
+    inputs = make_inputs(case, dtype)
+    found, free = [], []
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        with poisoned_memory():
+            found.append(results(inputs, deterministic=True))
+        free.append(results(inputs))
+    for others in found[1:]:
+        assert same(found[0], others)
+    # Else the problem would be none that is cut by the number of threads.
+    assert not all(same(free[0], others) for others in free[1:])
+
+
+@pytest.mark.parametrize("case", [TRAINING, ONE_ROW, DECODE], ids=lambda case: case.name)
+def test_the_same_number_of_threads_gives_the_same_bits(
+    case: Case, set_threads: SetThreads
+) -> None:
+    inputs = make_inputs(case, torch.float32)
+    for threads in (2, 3):
+        set_threads(threads)
+        first = results(inputs)
+        assert all(same(first, results(inputs)) for _ in range(4))
+
+
+REPEATS = """
+import torch
+from prefixattn import prefix_attention
+from prefixattn.testing import Case, evaluate, make_inputs, run_implementation
+torch.set_num_threads(2)
+inputs = make_inputs(Case("", M=40, N=40, P=16, D=64), torch.float32)
+found = [evaluate(inputs, run_implementation("cpu")) for _ in range(1000)]
+numbers = [[each.out, each.lse, *each.grads.values()] for each in found]
+assert all(torch.equal(*pair) for other in numbers[1:] for pair in zip(numbers[0], other))
+"""
+
+
+def test_a_thousand_runs_are_one(tmp_path: Path) -> None:
+    """In a process of its own, whose threads do not wait busily: slow where cores are busy."""
+    run_script(tmp_path, REPEATS, {**os.environ, "OMP_WAIT_POLICY": "passive"})
+
+
+def busy() -> dict[str, int]:
+    """Nanoseconds that each thread of this process has run."""
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in TASKS.iterdir()}
+
+
+def workers(work: Callable[[], object]) -> int:
+    """How many threads shared in some work, of at least a tenth of the busiest one's share.
+
+    All of them must have been there before, and be there still.
+    """
+    time.sleep(0.3)  # OpenMP's threads stop waiting busily
+    before, started = busy(), time.process_time_ns()
+    work()
+    after, spent = busy(), time.process_time_ns() - started
+    assert after.keys() == before.keys()
+    shares = [after[task] - before[task] for task in after]
+    assert sum(shares) > 0.9 * spent  # the rest was done by threads that came and went
+    return sum(share > max(shares) / 10 for share in shares)
+
+
+HAS_SCHEDSTAT = Path(TASKS, str(os.getpid()), "schedstat").exists()
+counts_threads = pytest.mark.skipif(not HAS_SCHEDSTAT, reason="this system has no schedstat")
+LONG = Case("long", B=8, H=8, M=200, N=200, P=200, D=64)
+
+
+@counts_threads
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_are_those_that_torch_has_and_as_many(
+    threads: int, set_threads: SetThreads
+) -> None:
+    inputs = make_inputs(LONG, torch.float32)
+    set_threads(threads)
+    torch.randn(2**22).exp()  # torch's own have started now
+
+    def work() -> None:
+        for _ in range(6):
+            prefix_attention(**inputs, implementation="cpu")
+
+    assert workers(work) == threads
+
+
+@counts_threads
+def test_inside_a_parallel_region_it_takes_no_more_threads(set_threads: SetThreads) -> None:
+    set_threads(2)
+    inputs = make_inputs(LONG, torch.float32)
+    expected, found = prefix_attention(**inputs, implementation="cpu"), []
+    region = ctypes.CDLL(None).GOMP_parallel  # the OpenMP runtime that torch brought
+    job = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+        lambda _: found.append(prefix_attention(**inputs, implementation="cpu"))
+    )
+    assert workers(lambda: region(job, None, 2, 0)) == 2
+    assert len(found) == 2
+    assert all(torch.equal(expected, each) for each in found)
+
+
+def test_several_callers_at_once(set_threads: SetThreads) -> None:
+    set_threads(2)
+    problems = [make_inputs(case, torch.float32) for case in (TRAINING, DECODE, SMALL, ONE_ROW)]
+    expected = [results(inputs) for inputs in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            jobs = [pool.submit(results, inputs) for inputs in problems]
+            for job, wanted in zip(jobs, expected, strict=True):
+                assert same(job.result(LONGEST), wanted)
+
+
+def test_a_forked_child_computes_and_ends(set_threads: SetThreads) -> None:
+    """It has a copy of the OpenMP runtime, but none of its threads."""
+    set_threads(2)
+    inputs = make_inputs(DECODE, torch.float32)
+    expected, _ = prefix_attention(**inputs, implementation="cpu", return_lse=True)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            out = prefix_attention(**inputs, implementation="cpu")
+            again = prefix_attention(**inputs, implementation="cpu")
+            right = torch.equal(out, expected) and torch.equal(again, expected)
+            status = 0 if right and torch.get_num_threads() == 2 else 2
+        finally:
+            os._exit(status)
+    assert ended(child) == 0
+    assert torch.equal(prefix_attention(**inputs, implementation="cpu"), expected)
+
+
+def ended(child: int) -> int:
+    """The exit status of a child process, which is killed if it takes too long."""
+    for _ in range(10 * LONGEST):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError(f"the child has not ended for {LONGEST} s")
+
+
+WORKERS = """
+import sys
+import torch
+from prefixattn import prefix_attention
+from prefixattn.testing import Case, make_inputs
+inputs = make_inputs(Case("", B=2, H_kv=1, M=60, N=60, P=60, D=64), torch.float32)
+def compute(threads):
+    torch.set_num_threads(threads)
+    return prefix_attention(**inputs, implementation="cpu", deterministic=True)
+class Results(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+    def __getitem__(self, index):
+        return compute(1 + index % 2)
+if __name__ == "__main__":
+    expected = compute(2)
+    loader = torch.utils.data.DataLoader(
+        Results(), num_workers=2, multiprocessing_context=sys.argv[1], timeout=100, batch_size=None
+    )
+    assert all(torch.equal(found, expected) for found in loader)
+    assert torch.equal(compute(2), expected)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader(method: str, tmp_path: Path) -> None:
+    run_script(tmp_path, WORKERS, dict(os.environ), method)
+
+
+def run_script(folder: Path, text: str, environment: dict[str, str], *arguments: str) -> None:
+    """A process that runs `text` with the library under test, as do those that it spawns."""
+    preamble = f"""
+from pathlib import Path
+from prefixattn import build
+build.SHIPPED = Path({str(build.library())!r})
+"""
+    script = folder / "script.py"
+    script.write_text(preamble + text)
+    done = subprocess.run(
+        [sys.executable, "-P", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
