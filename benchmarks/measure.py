@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-WARM_UP = 2
+WARM_UP = 1
 FEWEST = 9
 
 
@@ -47,15 +47,19 @@ def interleaved(
             times[name].append(1e3 * (time.perf_counter() - start))
     found = {}
     for name, all_of_them in times.items():
-        deciles = statistics.quantiles(all_of_them[WARM_UP:], n=5)
-        found[name] = Times(statistics.median(all_of_them[WARM_UP:]), deciles[0], deciles[3])
+        counted = all_of_them[WARM_UP:]
+        low, *_, high = statistics.quantiles(counted, n=5)
+        found[name] = Times(statistics.median(counted), low, high)
     return found
 
 
 def machine(module: str) -> dict[str, object]:
     """What figures were measured on, and the command that repeats them."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),

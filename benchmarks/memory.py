@@ -5,40 +5,44 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks.providers import PROVIDERS, Shape, Tensors, make_tensors
+from benchmarks.providers import Shape, Tensors, make_tensors, providers
 
-ROWS = (1, 2, 4, 8, 16)
 MEASURED = ("ours", "sdpa", "cat", "stock")
+COPIES = "a copy of the prefix for each row"
 
 
-def growth(shape: Shape) -> dict[str, list[float]]:
-    """MiB by provider, one for each of `ROWS`: what a step needs over its inputs and gradients.
+def growth(shape: Shape, implementation: str) -> dict[str, dict[str, float]]:
+    """MiB by provider: what a step needs over its inputs and gradients.
 
-    The last line is what a copy of the prefix for each row would take.
+    The last entry is what a copy of the prefix for each row would take.
     """
-    found = {name: [_measured(name, replace(shape, B=rows)) for rows in ROWS] for name in MEASURED}
-    each = 2 * shape.H_kv * shape.P * shape.D * 4 / 2**20
-    return found | {"a copy of the prefix for each row": [rows * each for rows in ROWS]}
+    found = {name: _measured(name, shape, implementation) for name in MEASURED}
+    copies = 2 * shape.B * shape.H_kv * shape.P * shape.D * 4 / 2**20
+    return {"MiB": found | {COPIES: copies}}
 
 
-def _measured(name: str, shape: Shape) -> float:
+def _measured(name: str, shape: Shape, implementation: str) -> float:
     """The figure of a fresh process: peaks never go down again."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, json.dumps(asdict(shape))]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    arguments = [name, json.dumps(asdict(shape)), implementation]
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if result.returncode != 0:
+        raise RuntimeError(f"the training step of {name} failed: {result.stderr.strip()}")
     return float(result.stdout)
 
 
-def step(name: str, shape: Shape) -> float:
+def step(name: str, shape: Shape, implementation: str) -> float:
     """MiB that one training step takes beyond its inputs, output and gradients."""
     tensors = make_tensors(shape, torch.float32)
+    provider = providers(implementation)[name]
 
     def train(t: Tensors) -> None:
-        out = PROVIDERS[name](t)
+        out = provider(t)
         torch.autograd.grad(out, t.all, torch.ones_like(out))
 
     train(make_tensors(Shape(B=1, H=8, H_kv=8, M=2, C=0, P=2, D=8), torch.float32))  # libraries
@@ -59,4 +63,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(step(sys.argv[1], Shape(**json.loads(sys.argv[2]))))
+    print(step(sys.argv[1], Shape(**json.loads(sys.argv[2])), sys.argv[3]))

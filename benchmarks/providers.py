@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -73,17 +74,8 @@ def make_tensors(shape: Shape, dtype: torch.dtype, seed: int = 0, device: str = 
     )
 
 
-def ours(t: Tensors) -> Tensor:
-    """prefix_attention, implementation="cpu"."""
-    return _attention(t, "cpu")
-
-
-def ours_sdpa(t: Tensors) -> Tensor:
-    """prefix_attention, implementation="sdpa"."""
-    return _attention(t, "sdpa")
-
-
-def _attention(t: Tensors, implementation: str) -> Tensor:
+def attention(t: Tensors, implementation: str) -> Tensor:
+    """prefix_attention, causal, by the implementation of that name."""
     out = prefix_attention(*t.all, is_causal=True, implementation=implementation)
     assert isinstance(out, Tensor)
     return out
@@ -97,13 +89,21 @@ def cat_sdpa(t: Tensors) -> Tensor:
 
 
 def transformers_way(t: Tensors) -> Tensor:
-    """What PEFT's users get: expand, concatenate, repeat the key heads, an explicit mask."""
+    """What PEFT's users get: expand, concatenate, repeat the key heads, an explicit mask.
+
+    A model makes one mask for all of its layers, so that making it is not timed.
+    """
     key, value = concatenated(t)
     group = t.query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    m, n = t.query.shape[2], key.shape[2]
-    mask = torch.ones(m, n, dtype=torch.bool, device=key.device).tril(n - m)[None, None]
+    mask = _causal_mask(t.query.shape[2], key.shape[2], key.device)
     return scaled_dot_product_attention(t.query, key, value, attn_mask=mask)
+
+
+@lru_cache(maxsize=1)
+def _causal_mask(m: int, n: int, device: torch.device) -> Tensor:
+    """Bool `[1, 1, M, P + N]`, aligned at the bottom right."""
+    return torch.ones(m, n, dtype=torch.bool, device=device).tril(n - m)[None, None]
 
 
 def no_prefix(t: Tensors) -> Tensor:
@@ -125,11 +125,16 @@ def concatenated(t: Tensors) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-PROVIDERS: dict[str, Callable[[Tensors], Tensor]] = {
-    "ours": ours,
-    "sdpa": ours_sdpa,
-    "cat": cat_sdpa,
-    "stock": transformers_way,
-    "floor": no_prefix,
-}
+Provider = Callable[[Tensors], Tensor]
 WITHOUT_PREFIX = ("floor",)
+
+
+def providers(implementation: str) -> dict[str, Provider]:
+    """All that is timed, by name; "ours" is `prefix_attention` by that implementation."""
+    return {
+        "ours": partial(attention, implementation=implementation),
+        "sdpa": partial(attention, implementation="sdpa"),
+        "cat": cat_sdpa,
+        "stock": transformers_way,
+        "floor": no_prefix,
+    }
