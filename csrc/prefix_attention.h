@@ -8,6 +8,8 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
+constexpr int64_t kCacheBytes = 1 << 22;
+
 // One thread's forward of one block after another.
 template <class T>
 class Forward {
@@ -20,6 +22,8 @@ class Forward {
     by_rows_.plan(arena_, a);
     arena_.plan(&tile_, kTile * kBlock);
     ready_ = arena_.reserve();
+    const int64_t numbers = a.rows * a.key_heads * a.keys * (a.head_dim + a.value_dim);
+    from_memory_ = numbers * int64_t(sizeof(T)) > kCacheBytes;
   }
 
   bool ready() const { return ready_; }
@@ -38,6 +42,7 @@ class Forward {
     const Variant variant{arguments_, half};
     for (int64_t first = span.first; first < span.last; first += kTile) {
       const int64_t keys = overlap({first, first + kTile}, span).last - first;
+      if (few() && from_memory_) fetch(source, overlap({first + kTile, first + 2 * kTile}, span));
       Limits<Sum> limits;
       absorb(variant, source, first, keys, block_.limit(seen, first, keys, limits));
     }
@@ -73,6 +78,19 @@ class Forward {
   }
 
  private:
+  // Asks for the slots in `range`, which come in while others are worked on: few queries have too
+  // little work on each key to wait for it. Inlined by force, since GCC drops the call of a
+  // function that only asks.
+  __attribute__((always_inline)) void fetch(const Source<T>& source, Interval range) const {
+    constexpr int64_t line = 64 / int64_t(sizeof(T));
+    for (int64_t slot = range.first; slot < range.last; ++slot) {
+      for (int64_t i = 0; i < arguments_.head_dim; i += line)
+        __builtin_prefetch(source.key + slot * source.key_stride + i, 0, 2);
+      for (int64_t i = 0; i < arguments_.value_dim; i += line)
+        __builtin_prefetch(source.value + slot * source.value_stride + i, 0, 2);
+    }
+  }
+
   bool few() const { return block_.count < kFewQueries<T>; }
 
   template <class To>
@@ -107,6 +125,7 @@ class Forward {
   ByRows<T> by_rows_;
   Sum* tile_;  // [kTile][kBlock]
   bool ready_;
+  bool from_memory_;  // whether the sequence's keys and values are more than a cache holds
 };
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -103,7 +103,6 @@ def prefix_attention(
         ValueError: a shape, a device, a number or a combination of arguments is wrong.
         NotImplementedError: the implementation asked for cannot take this call.
     """
-    arguments = dict(locals())
     plain = (
         prefix_index is prefix_lengths is prefix_gate is prefix_bias is query_offset is attn_mask  # type: ignore[comparison-overlap]
         is key_start is key_length is cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k
@@ -125,7 +124,8 @@ def prefix_attention(
                 else:
                     out, lse = run(*tensors, with_lse=return_lse)
                 return (out, lse) if return_lse else out
-    del arguments["return_lse"], arguments["implementation"]
+    # Not before the short way: a dictionary of all arguments costs half a microsecond.
+    arguments: dict[str, Any] = dict(zip(ARGUMENTS, map(locals().get, ARGUMENTS), strict=True))
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
     problem = make_problem(**arguments)
@@ -256,9 +256,11 @@ def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-DEFAULTS = {
+ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(prefix_attention).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
-    and name not in ("return_lse", "implementation")
+    if name not in ("return_lse", "implementation")
+}
+DEFAULTS = {
+    name: default for name, default in ARGUMENTS.items() if default is not inspect.Parameter.empty
 }

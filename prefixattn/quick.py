@@ -57,9 +57,12 @@ def takes(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> bool:
     """Whether nothing but the numbers in the tensors' own memory is asked for, now and here."""
     if not unwatched() or torch.is_autocast_enabled("cpu"):
         return False
-    if not (plain(q) and plain(k) and plain(v) and plain(pk) and plain(pv)):
+    # Written out: this runs at every call, and five calls of `plain` would cost a microsecond.
+    if not {type(q), type(k), type(v), type(pk), type(pv)} <= PLAIN:
         return False
-    return q.is_cpu and k.is_cpu and v.is_cpu and pk.is_cpu and pv.is_cpu
+    if not (q.is_cpu and k.is_cpu and v.is_cpu and pk.is_cpu and pv.is_cpu):
+        return False
+    return not (q.is_neg() or k.is_neg() or v.is_neg() or pk.is_neg() or pv.is_neg())
 
 
 def run_for(
@@ -72,7 +75,6 @@ def run_for(
     prepare: Callable[..., Run | None],
 ) -> Run | None:
     """What `prepare(q, ..., *options)` returned for such tensors; None: they have no short way."""
-    # Written out: this runs at every call, and a loop would cost a microsecond.
     kinds = (
         (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype),
         (pk.shape, pk.stride(), pk.dtype, pv.shape, pv.stride(), pv.dtype),
