@@ -1,9 +1,12 @@
 """The layers of a prefix: their shapes, their order in one flat tensor, and the rules they keep."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class LayerShape(NamedTuple):
@@ -17,6 +20,71 @@ class LayerShape(NamedTuple):
     def width(self) -> int:
         """Numbers one prefix token holds in this layer."""
         return self.num_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """What one forward attends to, per layer: ``R`` entries, of which each row reads one.
+
+    Attributes:
+        pairs: per layer key ``[R, H_kv, P, D]`` and value ``[R, H_kv, P, D_v]``; None where a
+            layer has no prefix.
+        index: int ``[rows]``, the entry of each row, -1 for none. None: one entry serves all rows,
+            or ``R`` are one for each.
+        lengths: int ``[R]``, used tokens of each entry. None: all ``P``.
+        gates: per layer float ``[H]``, the form of LLaMA-Adapter (``out = seq + gate * prefix``).
+            None: one softmax.
+    """
+
+    pairs: Sequence[tuple[Tensor, Tensor] | None]
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+    gates: Sequence[Tensor | None] | None = None
+
+
+class Training(TypedDict, total=False):
+    """How a prefix trains: keywords of `prefixattn.Prefix` that its initialisers pass on."""
+
+    num_frozen_tokens: int
+    dropout: float
+
+
+class Options(Training, total=False):
+    """All keywords of `prefixattn.Prefix`."""
+
+    layers: Sequence[int] | None
+    num_layers: int | None
+
+
+class PrefixSource(nn.Module):
+    """What `prefixattn.attach` takes: a module that says what each forward attends to."""
+
+    @property
+    def num_tokens(self) -> int:
+        """``P``, the tokens of the longest entry."""
+        raise NotImplementedError
+
+    @property
+    def layer_shapes(self) -> list[LayerShape | None]:
+        """Per layer of the model, None where a layer has no prefix."""
+        raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, those without a prefix too."""
+        return len(self.layer_shapes)
+
+    def batch(self) -> PrefixBatch:
+        """What a forward of the model attends to. Called once per forward."""
+        raise NotImplementedError
+
+
+def spread(items: Iterable[T], layers: Sequence[int], num_layers: int) -> list[T | None]:
+    """One place per layer: ``items`` in those that ``layers`` names, None in the others."""
+    places: list[T | None] = [None] * num_layers
+    for layer, item in zip(layers, items, strict=True):
+        places[layer] = item
+    return places
 
 
 def split_layers(flat: Tensor, shapes: Sequence[LayerShape]) -> list[tuple[Tensor, Tensor]]:
@@ -41,6 +109,28 @@ def check_count(name: str, count: int) -> None:
     """Raise unless ``count`` is a positive integer; ``name`` is the argument it came in."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"{name} must be a positive integer, got {count!r}")
+
+
+def check_layers(
+    layers: Sequence[int] | None, num_layers: int, count: int | None = None
+) -> list[int]:
+    """Which of ``num_layers`` have a prefix, in order; None is all.
+
+    Args:
+        layers: increasing, at least 0 and below ``num_layers``.
+        num_layers: layers of the model.
+        count: how many there must be, where that is known: one for each of the keys.
+    """
+    check_count("num_layers", num_layers)
+    chosen = list(range(num_layers)) if layers is None else list(layers)
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in chosen)
+    if not whole or not chosen or chosen != sorted(set(chosen)):
+        raise ValueError(f"layers must be increasing integers, at least one, got {chosen}")
+    if chosen[0] < 0 or chosen[-1] >= num_layers:
+        raise ValueError(f"layers must be in [0, {num_layers}), got {chosen}")
+    if count is not None and len(chosen) != count:
+        raise ValueError(f"layers must name one layer for each of {count} keys, got {chosen}")
+    return chosen
 
 
 def check_pairs(keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -1,82 +1,191 @@
 """Prefixes: the trained or shared keys and values of every layer, as modules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from prefixattn.files import (
-    check_floating,
-    read_json,
-    read_number,
-    read_tensors,
-    write_json,
-    write_tensors,
+from prefixattn.files import write_json, write_tensors
+from prefixattn.initialise import (
+    Start,
+    master_copy,
+    places_in,
+    random_text,
+    start_at_random,
+    start_from_text,
 )
-from prefixattn.layers import LayerShape, check_count, check_pairs, describe, split_layers
+from prefixattn.kept import Kept
+from prefixattn.layers import (
+    LayerShape,
+    PrefixBatch,
+    PrefixSource,
+    Training,
+    check_layers,
+    check_pairs,
+    spread,
+)
+from prefixattn.stored import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    TENSORS_FILE,
+    StoredPrefix,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TENSORS_FILE = "prefix.safetensors"
-CONFIG_FILE = "prefix_config.json"
-FORMAT = "prefixattn"
-FORMAT_VERSION = 1
 
-
-class Prefix(nn.Module):
+class Prefix(PrefixSource):
     """The prefix of a model: one key and one value per layer, in layer order, after RoPE.
 
     Args:
         keys: per layer ``[H_kv, P, D]``, floating point. ``P`` is one for all layers; heads and
             head dims may differ by layer.
         values: per layer ``[H_kv, P, D_v]``, of the key's dtype and device.
+        num_frozen_tokens: the first tokens, fewer than ``P``, which never train: they are buffers.
+        dropout: share of the numbers in keys and values that each training forward sets to zero,
+            the others growing to make up for it (Li & Liang, 2021).
+        layers: those that have a prefix, for which ``keys`` and ``values`` are. None: all.
+        num_layers: layers of the model; needed with ``layers``.
 
     The tensors become parameters; they are copied. Half-precision tensors are kept in float32, as
     PEFT keeps them: they are cast to the model's dtype once per forward.
 
+    Attributes:
+        keys: per layer that has a prefix, the part that trains, ``[H_kv, P - frozen, D]``.
+        values: ``[H_kv, P - frozen, D_v]`` likewise.
+        layers: those that have a prefix.
+
     Raises:
-        ValueError: no layers, or shapes that do not fit together.
+        ValueError: no layers, or shapes or numbers that do not fit together.
         TypeError: something that is not a floating-point tensor.
     """
 
     keys: nn.ParameterList
     values: nn.ParameterList
+    layers: list[int]
+    kind: ClassVar[str] = "prefix"
+    _kinds: ClassVar[dict[str, "type[Prefix]"]] = {}
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init_subclass__(cls, *, kind: str | None = None, **keywords: Any) -> None:
+        """Subclasses that files name give their ``kind``."""
+        super().__init_subclass__(**keywords)
+        if kind is not None:
+            cls.kind = kind
+            Prefix._kinds[kind] = cls
+
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        *,
+        num_frozen_tokens: int = 0,
+        dropout: float = 0.0,
+        layers: Sequence[int] | None = None,
+        num_layers: int | None = None,
+    ) -> None:
         super().__init__()
         check_pairs(keys, values)
+        self._place(layers, num_layers, len(keys), dropout)
+        count, num_tokens = num_frozen_tokens, keys[0].shape[1]
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < num_tokens:
+            raise ValueError(
+                f"num_frozen_tokens must be in [0, {num_tokens}), fewer than all, got {count!r}"
+            )
+        self.num_frozen_tokens = count
+        self._joined: Kept[list[tuple[Tensor, Tensor]]] = Kept()
         with torch.inference_mode(False):  # an inference tensor could never be trained
-            self.keys = nn.ParameterList([nn.Parameter(_master_copy(key)) for key in keys])
-            self.values = nn.ParameterList([nn.Parameter(_master_copy(v)) for v in values])
+            self.keys = nn.ParameterList([nn.Parameter(master_copy(k[:, count:])) for k in keys])
+            self.values = nn.ParameterList(
+                [nn.Parameter(master_copy(v[:, count:])) for v in values]
+            )
+            for i, pair in enumerate(zip(keys, values, strict=True) if count else ()):
+                for name, tensor in zip(_frozen_names(i), pair, strict=True):
+                    self.register_buffer(name, master_copy(tensor[:, :count]))
+
+    def _place(
+        self, layers: Sequence[int] | None, num_layers: int | None, count: int, dropout: float
+    ) -> None:
+        """Check and keep what is common to all kinds of prefixes."""
+        if layers is not None and num_layers is None:
+            raise ValueError("num_layers must be given with layers, got None")
+        self._num_layers = count if num_layers is None else num_layers
+        self.layers = check_layers(layers, self._num_layers, count)
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.dropout = float(dropout)
 
     @property
     def num_layers(self) -> int:
-        return len(self.layer_shapes)
+        """Layers of the model, those without a prefix too."""
+        return self._num_layers
 
     @property
     def num_tokens(self) -> int:
         """``P``, the prefix tokens per layer."""
-        return int(self.keys[0].shape[1])
+        return self.num_frozen_tokens + int(self.keys[0].shape[1])
 
     @property
-    def layer_shapes(self) -> list[LayerShape]:
+    def layer_shapes(self) -> list[LayerShape | None]:
+        """Per layer of the model, None where it has no prefix."""
+        return spread(self._shapes(), self.layers, self.num_layers)
+
+    def _shapes(self) -> list[LayerShape]:
+        """One per layer that has a prefix."""
         pairs = zip(self.keys, self.values, strict=True)
         return [LayerShape(key.shape[0], key.shape[2], value.shape[2]) for key, value in pairs]
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """Per layer ``(key [H_kv, P, D], value [H_kv, P, D_v])``."""
-        return list(zip(self.keys, self.values, strict=True))
+        """Per layer that has a prefix ``(key [H_kv, P, D], value [H_kv, P, D_v])``, no dropout."""
+        trained = list(zip(self.keys, self.values, strict=True))
+        if not self.num_frozen_tokens:
+            return trained
+        frozen = [
+            (getattr(self, key), getattr(self, value))
+            for key, value in map(_frozen_names, range(len(trained)))
+        ]
+
+        def join() -> list[tuple[Tensor, Tensor]]:
+            return [
+                (torch.cat([first[0], then[0]], dim=1), torch.cat([first[1], then[1]], dim=1))
+                for first, then in zip(frozen, trained, strict=True)
+            ]
+
+        return self._joined.of([x for pair in frozen + trained for x in pair], join)
+
+    def batch(self) -> PrefixBatch:
+        """What a forward of the model attends to: one entry for all rows."""
+        pairs = [(self._dropped(key)[None], self._dropped(value)[None]) for key, value in self()]
+        return PrefixBatch(spread(pairs, self.layers, self.num_layers))
+
+    def _dropped(self, tensor: Tensor) -> Tensor:
+        if not (self.training and self.dropout):
+            return tensor
+        return nn.functional.dropout(tensor, self.dropout)
 
     def extra_repr(self) -> str:
-        return f"num_tokens={self.num_tokens}, num_layers={self.num_layers}"
+        where = "" if len(self.layers) == self.num_layers else f", layers={self.layers}"
+        frozen = f", num_frozen_tokens={n}" if (n := self.num_frozen_tokens) else ""
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"num_tokens={self.num_tokens}, num_layers={self.num_layers}{where}{frozen}{dropout}"
 
     # Initialisation
 
     @classmethod
-    def from_text(cls, model: "PreTrainedModel", input_ids: Tensor) -> "Prefix":
+    def from_text(
+        cls,
+        model: "PreTrainedModel",
+        input_ids: Tensor,
+        *,
+        num_tokens: int | None = None,
+        part: str | None = None,
+        layers: Sequence[int] | None = None,
+        **training: Unpack[Training],
+    ) -> Self:
         """The keys and values that ``model`` itself computes for a text.
 
         With such a prefix a causal model continues as if the text stood before its input; as a
@@ -86,16 +195,50 @@ class Prefix(nn.Module):
         Args:
             model: a transformers model that ``attach`` supports, not attached to.
             input_ids: ``[P]`` or ``[1, P]`` integer token ids.
+            num_tokens: take the first ones of the text only.
+            part: of an encoder-decoder, what the prefix is for: "encoder", "decoder" or "cross".
+                None: the decoder, and all of a model of one stack.
+            layers: those that get a prefix. None: all.
+            training: ``num_frozen_tokens`` and ``dropout``, as for `Prefix`.
         """
-        from prefixattn.integrations.survey import own_sites, survey
-
-        sites = own_sites(survey(model, _token_row(input_ids)))
-        return cls([site.key[0] for site in sites], [site.value[0] for site in sites])
+        return cls._started(start_from_text(model, input_ids, num_tokens, part, layers), training)
 
     @classmethod
-    def zeros(cls, model: "PreTrainedModel", num_tokens: int) -> "Prefix":
+    def from_random_text(
+        cls,
+        model: "PreTrainedModel",
+        num_tokens: int,
+        *,
+        generator: torch.Generator | None = None,
+        part: str | None = None,
+        layers: Sequence[int] | None = None,
+        **training: Unpack[Training],
+    ) -> Self:
+        """`from_text` of random tokens, without those that the configuration names as special.
+
+        Args:
+            model: the transformers model it is for.
+            num_tokens: ``P``, at least 1.
+            generator: a CPU generator.
+            part: as for `from_text`.
+            layers: as for `from_text`.
+            training: as for `from_text`.
+        """
+        ids = random_text(model, num_tokens, generator)
+        return cls._started(start_from_text(model, ids, None, part, layers), training)
+
+    @classmethod
+    def zeros(
+        cls,
+        model: "PreTrainedModel",
+        num_tokens: int,
+        *,
+        part: str | None = None,
+        layers: Sequence[int] | None = None,
+        **training: Unpack[Training],
+    ) -> Self:
         """A prefix of zeros: each token takes its share of the softmax and adds nothing."""
-        return cls.random(model, num_tokens, std=0.0)
+        return cls.random(model, num_tokens, std=0.0, part=part, layers=layers, **training)
 
     @classmethod
     def random(
@@ -104,7 +247,11 @@ class Prefix(nn.Module):
         num_tokens: int,
         std: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> "Prefix":
+        *,
+        part: str | None = None,
+        layers: Sequence[int] | None = None,
+        **training: Unpack[Training],
+    ) -> Self:
         """A prefix drawn from a normal distribution, as PEFT's default draws it (``std=1``).
 
         Args:
@@ -112,19 +259,23 @@ class Prefix(nn.Module):
             num_tokens: ``P``, at least 1.
             std: standard deviation, at least 0.
             generator: a CPU generator; the draw does not depend on the model's device.
+            part: as for `from_text`.
+            layers: as for `from_text`.
+            training: as for `from_text`.
         """
-        check_count("num_tokens", num_tokens)
-        if not std >= 0:
-            raise ValueError(f"std must be at least 0, got {std}")
-        keys, values = [], []
-        for shape, like in layer_shapes_of(model):
-            draws = [
-                torch.randn(shape.num_heads, num_tokens, dim, generator=generator) * std
-                for dim in (shape.key_dim, shape.value_dim)
-            ]
-            keys.append(draws[0].to(like))
-            values.append(draws[1].to(like))
-        return cls(keys, values)
+        start = start_at_random(places_in(model, part, layers), num_tokens, std, generator)
+        return cls._started(start, training)
+
+    @classmethod
+    def _started(cls, start: Start, training: Training) -> Self:
+        """A prefix of this kind from what an initialiser gives."""
+        return cls(
+            start.keys,
+            start.values,
+            layers=start.layers,
+            num_layers=start.num_layers,
+            **training,
+        )
 
     # Files
 
@@ -137,9 +288,9 @@ class Prefix(nn.Module):
         folder = Path(path)
         tensors = {}
         with torch.no_grad():
-            for i, (key, value) in enumerate(self()):
-                tensors[f"layers.{i}.key"] = key
-                tensors[f"layers.{i}.value"] = value
+            for layer, (key, value) in zip(self.layers, self(), strict=True):
+                tensors[f"layers.{layer}.key"] = key
+                tensors[f"layers.{layer}.value"] = value
         write_tensors(folder / TENSORS_FILE, tensors | self._own_tensors())
         write_json(folder / CONFIG_FILE, self._config())
 
@@ -152,200 +303,45 @@ class Prefix(nn.Module):
             ValueError: a file is truncated, of another format, or the two do not fit together.
         """
         folder = Path(path)
-        source = folder / CONFIG_FILE
-        config = read_json(source)
-        if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
+        kind = read_config(folder).get("kind")
+        if not isinstance(kind, str) or kind not in cls._kinds:
             raise ValueError(
-                f"{source}: expected format {FORMAT!r} version {FORMAT_VERSION}, got "
-                f"{config.get('format')!r} version {config.get('version')!r}"
+                f"{folder / CONFIG_FILE}: kind must be one of {sorted(cls._kinds)}, got {kind!r}"
             )
-        kinds: dict[str, type[Prefix]] = {"prefix": Prefix, "projected": ProjectedPrefix}
-        kind = config.get("kind")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise ValueError(f"{source}: kind must be one of {sorted(kinds)}, got {kind!r}")
-        tensors = read_tensors(folder / TENSORS_FILE)
-        prefix = _layers_of(tensors, config, source)
-        return kinds[kind]._load(prefix, tensors, config, source)
+        return cls._kinds[kind]._load(StoredPrefix.open(folder))
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What this kind of prefix needs to resume training beside the layers themselves."""
         return {}
 
     def _config(self) -> dict[str, Any]:
-        return {
+        config: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "kind": "prefix",
+            "kind": self.kind,
             "num_tokens": self.num_tokens,
             "num_layers": self.num_layers,
         }
+        if len(self.layers) != self.num_layers:
+            config["layers"] = self.layers
+        if self.num_frozen_tokens:
+            config["num_frozen_tokens"] = self.num_frozen_tokens
+        if self.dropout:
+            config["dropout"] = self.dropout
+        return config
 
     @classmethod
-    def _load(
-        cls, layers: "Prefix", tensors: Mapping[str, Tensor], config: dict[str, Any], source: Path
-    ) -> "Prefix":
-        return layers
+    def _load(cls, stored: StoredPrefix) -> "Prefix":
+        keys, values = zip(*stored.pairs(), strict=True)
+        return cls(keys, values, **stored.options())
 
 
-class ProjectedPrefix(Prefix):
-    """A prefix computed by a small network, which trains more steadily (Li & Liang, 2021).
-
-    ``embedding [P, embedding_dim] -> linear -> tanh -> linear``, the form of PEFT's
-    ``prefix_projection``. The network runs once per forward. For use without training, fold it:
-    ``ProjectedPrefix.folded()`` is a plain `Prefix` with the same keys and values.
-
-    Args:
-        shapes: what each layer asks for, in layer order.
-        num_tokens: ``P``.
-        embedding_dim: width of the embedding.
-        hidden_dim: width between the two linear maps.
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[LayerShape],
-        num_tokens: int,
-        embedding_dim: int,
-        hidden_dim: int,
-    ) -> None:
-        nn.Module.__init__(self)
-        if not shapes:
-            raise ValueError("shapes must name at least one layer, got none")
-        for name, count in (
-            ("num_tokens", num_tokens),
-            ("embedding_dim", embedding_dim),
-            ("hidden_dim", hidden_dim),
-        ):
-            check_count(name, count)
-        self._shapes = [LayerShape(*shape) for shape in shapes]
-        self.embedding = nn.Embedding(num_tokens, embedding_dim)
-        self.transform = nn.Sequential(
-            nn.Linear(embedding_dim, hidden_dim),
-            nn.Tanh(),
-            nn.Linear(hidden_dim, sum(shape.width for shape in self._shapes)),
-        )
-
-    @classmethod
-    def for_model(
-        cls,
-        model: "PreTrainedModel",
-        num_tokens: int,
-        *,
-        embedding_dim: int | None = None,
-        hidden_dim: int = 512,
-    ) -> "ProjectedPrefix":
-        """A freshly initialised network for ``model``; ``embedding_dim`` as PEFT's: H_kv * D."""
-        found = layer_shapes_of(model)
-        shapes = [shape for shape, _ in found]
-        if embedding_dim is None:
-            embedding_dim = shapes[0].num_heads * shapes[0].key_dim
-        return cls(shapes, num_tokens, embedding_dim, hidden_dim).to(found[0][1])
-
-    @property
-    def num_tokens(self) -> int:
-        return self.embedding.num_embeddings
-
-    @property
-    def layer_shapes(self) -> list[LayerShape]:
-        return list(self._shapes)
-
-    def forward(self) -> list[tuple[Tensor, Tensor]]:
-        flat = self.transform(self.embedding.weight)  # [P, sum of widths]
-        return split_layers(flat, self._shapes)
-
-    def folded(self) -> Prefix:
-        """A plain `Prefix` of the keys and values that this network gives now."""
-        with torch.no_grad():
-            keys, values = zip(*self(), strict=True)
-        return Prefix(keys, values)
-
-    def _own_tensors(self) -> dict[str, Tensor]:
-        return {f"projection.{name}": tensor for name, tensor in self.state_dict().items()}
-
-    def _config(self) -> dict[str, Any]:
-        return super()._config() | {
-            "kind": "projected",
-            "embedding_dim": self.embedding.embedding_dim,
-            "hidden_dim": self.transform[0].out_features,
-        }
-
-    @classmethod
-    def _load(
-        cls, layers: Prefix, tensors: Mapping[str, Tensor], config: dict[str, Any], source: Path
-    ) -> "ProjectedPrefix":
-        prefix = cls(
-            layers.layer_shapes,
-            layers.num_tokens,
-            read_number(config, "embedding_dim", source),
-            read_number(config, "hidden_dim", source),
-        ).to(layers.keys[0])
-        own = {
-            name.removeprefix("projection."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("projection.")
-        }
-        expected = {name: tuple(tensor.shape) for name, tensor in prefix.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        if found != expected:
-            raise ValueError(f"{source.parent}: the projection must be {expected}, got {found}")
-        prefix.load_state_dict(own)
-        return prefix
+Prefix._kinds["prefix"] = Prefix
 
 
-def layer_shapes_of(model: "PreTrainedModel") -> list[tuple[LayerShape, Tensor]]:
-    """What each layer of ``model`` asks for, with a tensor of its device and master dtype."""
-    from prefixattn.integrations.survey import own_sites, survey
-
-    sites = own_sites(survey(model))
-    return [
-        (
-            LayerShape(site.key.shape[1], site.key.shape[3], site.value.shape[3]),
-            _master_copy(site.key[:, :, :0]),
-        )
-        for site in sites
-    ]
+def _frozen_names(i: int) -> tuple[str, str]:
+    """The buffers of the frozen tokens of the key and value at place ``i`` of ``layers``."""
+    return f"frozen_key_{i}", f"frozen_value_{i}"
 
 
-def _master_copy(tensor: Tensor) -> Tensor:
-    """A copy to train: contiguous, and float32 where ``tensor`` is in half precision."""
-    dtype = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
-    return tensor.detach().to(dtype, copy=True).contiguous()
-
-
-def _token_row(input_ids: Tensor) -> Tensor:
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
-        raise TypeError(f"input_ids must be an integer tensor, got {describe(input_ids)}")
-    row = input_ids[None] if input_ids.ndim == 1 else input_ids
-    if row.ndim != 2 or row.shape[0] != 1 or row.shape[1] == 0:
-        raise ValueError(
-            f"input_ids must be [P] or [1, P] with P >= 1, got {tuple(input_ids.shape)}"
-        )
-    return row
-
-
-def _layers_of(tensors: Mapping[str, Tensor], config: dict[str, Any], source: Path) -> Prefix:
-    """The plain prefix in a file's tensors, held against its configuration."""
-    num_layers = read_number(config, "num_layers", source)
-    found = {name for name in tensors if name.startswith("layers.")}
-    if 2 * num_layers != len(found):
-        raise ValueError(
-            f"{source.parent}: num_layers is {num_layers}, but the file holds {len(found)} layer "
-            "tensors, and each layer has two"
-        )
-    names = [f"layers.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
-    if found != set(names):
-        missing, extra = sorted(set(names) - found), sorted(found - set(names))
-        raise ValueError(
-            f"{source.parent}: num_layers is {num_layers}, but layer tensors are missing: "
-            f"{missing}, unexpected: {extra}"
-        )
-    for name in names:
-        check_floating(name, tensors[name], source.parent / TENSORS_FILE)
-    prefix = Prefix([tensors[n] for n in names[0::2]], [tensors[n] for n in names[1::2]])
-    num_tokens = read_number(config, "num_tokens", source)
-    if prefix.num_tokens != num_tokens:
-        raise ValueError(
-            f"{source.parent}: num_tokens is {num_tokens}, but the tensors hold "
-            f"{prefix.num_tokens} tokens"
-        )
-    return prefix
+from prefixattn.projected import ProjectedPrefix as ProjectedPrefix  # noqa: E402

@@ -1,26 +1,27 @@
-"""Prefixes by themselves: what they accept, how they start, how they are kept."""
+"""Prefixes by themselves: what they accept, what trains, how they start."""
 
-import json
-import os
-from pathlib import Path
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
+from prefixattn.initialise import start_from_text
 from prefixattn.layers import LayerShape, split_layers
-from prefixattn.prefix import Prefix, ProjectedPrefix
+from prefixattn.prefix import Prefix
+from prefixattn.projected import ProjectedPrefix
 
 P = 5
 SHAPES = [LayerShape(2, 8, 8), LayerShape(3, 4, 6)]  # layers may differ
 
 
-def some_prefix() -> Prefix:
+def some_prefix(**options: Any) -> Prefix:
     return Prefix(
         [torch.randn(s.num_heads, P, s.key_dim) for s in SHAPES],
         [torch.randn(s.num_heads, P, s.value_dim) for s in SHAPES],
+        **options,
     )
 
 
@@ -38,8 +39,11 @@ def llama() -> Any:
 
 
 def same(one: Prefix, other: Prefix) -> bool:
-    pairs = zip(one(), other(), strict=True)
-    return all(torch.equal(a, b) for left, right in pairs for a, b in zip(left, right, strict=True))
+    return all(same_pair(left, right) for left, right in zip(one(), other(), strict=True))
+
+
+def same_pair(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_shapes_and_parameters() -> None:
@@ -83,6 +87,95 @@ def test_wrong_tensors(keys: Any, values: Any, error: type[Exception], message: 
         Prefix([made(key) for key in keys], [made(value) for value in values])
 
 
+# What trains, and where
+
+
+def test_frozen_tokens_never_move() -> None:
+    """Not by weight decay either, nor after `requires_grad_(True)`, which un-freezes a LoRA's."""
+    whole = some_prefix()
+    prefix = Prefix(whole.keys, whole.values, num_frozen_tokens=2).requires_grad_(True)
+    assert (prefix.num_tokens, prefix.keys[0].shape[1]) == (P, P - 2)
+    assert same(prefix, whole)
+    optimizer = torch.optim.AdamW(prefix.parameters(), lr=0.1, weight_decay=0.5)
+    sum(x.square().sum() for pair in prefix() for x in pair).backward()
+    optimizer.step()
+    for (key, _), (before, _) in zip(prefix(), whole(), strict=True):
+        assert torch.equal(key[:, :2], before[:, :2])
+        assert not torch.isclose(key[:, 2:], before[:, 2:]).any()
+
+
+@torch.no_grad()
+def test_frozen_tokens_are_joined_once_in_inference() -> None:
+    prefix = some_prefix(num_frozen_tokens=1)
+    first = prefix()[0][0]
+    assert prefix()[0][0] is first
+    prefix.keys[0].add_(1)
+    assert torch.equal(prefix()[0][0][:, 1:], prefix.keys[0])
+    with torch.enable_grad():
+        assert prefix()[0][0].requires_grad
+    assert prefix.double()()[0][0].dtype == torch.float64
+
+
+def test_dropout_is_for_training_forwards() -> None:
+    torch.manual_seed(0)
+    key = torch.ones(4, 50, 10)
+    prefix = Prefix([key], [key], dropout=0.25)
+    dropped = [x for pair in prefix.batch().pairs for x in pair]  # type: ignore[union-attr]
+    for x in dropped:
+        assert (x == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+        torch.testing.assert_close(x.max(), torch.tensor(1 / 0.75))
+    assert not torch.equal(*dropped)
+    assert torch.equal(prefix()[0][0], key)  # what is saved
+    assert torch.equal(prefix.eval().batch().pairs[0][0][0], key)  # type: ignore[index]
+
+
+def test_some_layers_only() -> None:
+    prefix = some_prefix(layers=[0, 2], num_layers=4)
+    assert (prefix.num_layers, prefix.layers) == (4, [0, 2])
+    assert prefix.layer_shapes == [SHAPES[0], None, SHAPES[1], None]
+    pairs = prefix.batch().pairs
+    assert [pair is None for pair in pairs] == [False, True, False, True]
+    assert pairs[2][0].shape == (1, 3, P, 4)  # type: ignore[index]
+    assert len(prefix()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frozen_tokens": P}, r"num_frozen_tokens must be in \[0, 5\), fewer than all, got 5"),
+        ({"num_frozen_tokens": -1}, "got -1"),
+        ({"num_frozen_tokens": True}, "got True"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": "half"}, "got 'half'"),
+        ({"layers": [0, 2]}, "num_layers must be given with layers"),
+        ({"layers": [0], "num_layers": 4}, "one layer for each of 2 keys"),
+        ({"layers": [2, 0], "num_layers": 4}, "increasing integers"),
+        ({"layers": [0, 0], "num_layers": 4}, "increasing integers"),
+        ({"layers": [0, 4], "num_layers": 4}, r"layers must be in \[0, 4\)"),
+        ({"layers": [-1, 0], "num_layers": 4}, r"layers must be in \[0, 4\)"),
+        ({"num_layers": 3}, "one layer for each of 2 keys"),
+        ({"layers": [0, 1], "num_layers": 0}, "num_layers must be a positive integer"),
+    ],
+)
+def test_wrong_options(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        some_prefix(**options)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda prefix: pickle.loads(pickle.dumps(prefix))]
+)
+def test_copies_are_their_own(duplicate: Any) -> None:
+    prefix = some_prefix(num_frozen_tokens=2, layers=[0, 3], num_layers=4)
+    with torch.no_grad():
+        before = prefix()[0][0]  # kept
+        other = duplicate(prefix)
+        assert same(other, prefix)
+        other.load_state_dict({n: torch.zeros_like(t) for n, t in other.state_dict().items()})
+        assert not any(x.any() for pair in other() for x in pair)
+        assert prefix()[0][0] is before
+
+
 # Initialisation
 
 
@@ -117,6 +210,43 @@ def test_from_text_keeps_every_token_of_a_sliding_layer() -> None:
     )
     prefix = Prefix.from_text(transformers.Gemma2ForCausalLM(config), torch.arange(9))
     assert prefix.num_tokens == 9
+
+
+def test_from_the_first_tokens_of_a_text_in_some_layers(llama: Any) -> None:
+    ids = torch.arange(9)
+    prefix = Prefix.from_text(
+        llama, ids, num_tokens=4, layers=[1], num_frozen_tokens=1, dropout=0.1
+    )
+    assert same_pair(prefix()[0], Prefix.from_text(llama, ids[:4])()[1])
+    assert prefix.layer_shapes == [None, LayerShape(2, 8, 8)]
+    assert (prefix.num_frozen_tokens, prefix.dropout) == (1, 0.1)
+    with pytest.raises(ValueError, match="at least num_tokens = 10 tokens, got 9"):
+        Prefix.from_text(llama, ids, num_tokens=10)
+    with pytest.raises(ValueError, match=r"layers must be in \[0, 2\), got \[2\]"):
+        Prefix.from_text(llama, ids, layers=[2])
+    with pytest.raises(ValueError, match=r"part must be one of \['self'\].*got 'encoder'"):
+        Prefix.from_text(llama, ids, part="encoder")
+
+
+def test_from_random_text_without_special_tokens(llama: Any, monkeypatch: Any) -> None:
+    llama.config.update({"bos_token_id": 0, "eos_token_id": list(range(1, 90)), "vocab_size": 93})
+    drawn = []
+
+    def start(model: Any, ids: Any, *rest: Any) -> Any:
+        drawn.append(ids)
+        return start_from_text(model, ids, *rest)
+
+    monkeypatch.setattr("prefixattn.prefix.start_from_text", start)
+    draws = [
+        Prefix.from_random_text(llama, 40, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
+    assert set(drawn[0].tolist()) == {90, 91, 92}
+    assert same(*draws)
+    assert same(draws[0], Prefix.from_text(llama, drawn[0]))
+    llama.config.eos_token_id = list(range(93))
+    with pytest.raises(ValueError, match="tokens that are not special"):
+        Prefix.from_random_text(llama, 2)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +292,11 @@ def test_projection(llama: Any) -> None:
     folded = prefix.folded()
     assert type(folded) is Prefix
     assert same(folded, prefix)
+    some = ProjectedPrefix.for_model(llama, P, layers=[1], dropout=0.5)
+    assert some.folded().layer_shapes == some.layer_shapes == [None, LayerShape(2, 8, 8)]
+    assert some.folded().dropout == 0.5
+    with pytest.raises(NotImplementedError, match="use ProjectedPrefix.for_model"):
+        ProjectedPrefix.zeros(llama, P)
 
 
 def test_split_is_pefts_order() -> None:
@@ -171,124 +306,3 @@ def test_split_is_pefts_order() -> None:
     for layer, (key, value) in enumerate(pairs):
         assert torch.equal(key, cube[:, 2 * layer].transpose(0, 1))
         assert torch.equal(value, cube[:, 2 * layer + 1].transpose(0, 1))
-
-
-# Files
-
-
-@pytest.fixture(params=["plain", "projected"])
-def kept(request: pytest.FixtureRequest) -> Prefix:
-    return some_prefix() if request.param == "plain" else ProjectedPrefix(SHAPES, P, 6, 7)
-
-
-def test_round_trip(kept: Prefix, tmp_path: Path) -> None:
-    kept.save_pretrained(tmp_path / "new" / "folder")
-    back = Prefix.from_pretrained(tmp_path / "new" / "folder")
-    assert type(back) is type(kept)
-    assert same(back, kept)
-    mine, theirs = kept.state_dict(), back.state_dict()
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    tensors = load_file(tmp_path / "new" / "folder" / "prefix.safetensors")
-    assert torch.equal(tensors["layers.1.key"], kept()[1][0])
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [
-        "prefix.safetensors",
-        "prefix_config.json",
-    ]
-
-
-def test_one_token(tmp_path: Path) -> None:
-    """Views of one token's row share their memory, which safetensors does not take."""
-    kept = ProjectedPrefix([LayerShape(1, 4, 4)] * 2, 1, 3, 3)
-    kept.save_pretrained(tmp_path)
-    assert same(Prefix.from_pretrained(tmp_path), kept)
-
-
-def test_saving_over_another(tmp_path: Path) -> None:
-    some_prefix().save_pretrained(tmp_path)
-    second = some_prefix()
-    second.save_pretrained(str(tmp_path))
-    assert same(Prefix.from_pretrained(str(tmp_path)), second)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: Any) -> None:
-    first = some_prefix()
-    first.save_pretrained(tmp_path)
-
-    def broken(tensors: Any, path: Path, metadata: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("prefixattn.files.save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
-        some_prefix().save_pretrained(tmp_path)
-    monkeypatch.undo()
-    assert same(Prefix.from_pretrained(tmp_path), first)
-    assert len(os.listdir(tmp_path)) == 2
-
-
-def damaged(folder: Path, what: str) -> None:
-    tensors_file, config_file = folder / "prefix.safetensors", folder / "prefix_config.json"
-    config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
-    if what == "no tensors":
-        tensors_file.unlink()
-    elif what == "no config":
-        config_file.unlink()
-    elif what == "truncated":
-        tensors_file.write_bytes(tensors_file.read_bytes()[:-20])
-    elif what == "not JSON":
-        config_file.write_text("{")
-    else:
-        if what == "a layer short":
-            del tensors["layers.1.value"]
-        elif what == "NaN":
-            tensors["layers.0.key"][0, 0, 0] = torch.nan
-        elif what == "another length":
-            config["num_tokens"] = P + 1
-        elif what == "no number":
-            config["num_layers"] = "two"
-        elif what == "another format":
-            config["version"] = 99
-        elif what == "another kind":
-            config["kind"] = "gated"
-        elif what == "no kind":
-            config["kind"] = []
-        elif what == "absurd":
-            config["num_layers"] = 10**12
-        elif what == "integers":
-            tensors["layers.0.key"] = tensors["layers.0.key"].long()
-        save_file(tensors, tensors_file)
-        config_file.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("what", "error", "message"),
-    [
-        ("no tensors", FileNotFoundError, "prefix.safetensors"),
-        ("no config", FileNotFoundError, "prefix_config.json"),
-        ("truncated", ValueError, "truncated or not a safetensors file"),
-        ("not JSON", ValueError, "not valid JSON"),
-        ("a layer short", ValueError, "num_layers is 2, but the file holds 3 layer tensors"),
-        ("absurd", ValueError, "num_layers is 1000000000000, but the file holds 4 layer tensors"),
-        ("NaN", ValueError, "layers.0.key holds NaN"),
-        ("another length", ValueError, "num_tokens is 6, but the tensors hold 5"),
-        ("no number", ValueError, "num_layers must be a positive integer, got 'two'"),
-        ("another format", ValueError, "version 99"),
-        ("another kind", ValueError, "kind must be one of"),
-        ("no kind", ValueError, "kind must be one of"),
-        ("integers", ValueError, "layers.0.key must be floating point"),
-    ],
-)
-def test_damaged_files(tmp_path: Path, what: str, error: type[Exception], message: str) -> None:
-    some_prefix().save_pretrained(tmp_path)
-    damaged(tmp_path, what)
-    with pytest.raises(error, match=message):
-        Prefix.from_pretrained(tmp_path)
-
-
-def test_a_projection_of_another_size(tmp_path: Path) -> None:
-    ProjectedPrefix(SHAPES, P, 6, 7).save_pretrained(tmp_path)
-    file = tmp_path / "prefix_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_dim": 8}))
-    with pytest.raises(ValueError, match="the projection must be"):
-        Prefix.from_pretrained(tmp_path)

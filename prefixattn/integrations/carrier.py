@@ -1,4 +1,4 @@
-"""What one forward of the backbone hands to its attention layers, through their keywords."""
+"""What one forward of a stack of layers hands to its attention layers, through their keywords."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ KEYWORD = "prefix_attention"
 """The keyword a `Carrier` travels under."""
 
 SLOT = "prefixattn_slot"
-"""The attribute of a target attention module: the index of its prefix layer."""
+"""The attribute of a target attention module: its place among the slots of its stack."""
 
 
 class Span(NamedTuple):
@@ -25,11 +25,34 @@ class Span(NamedTuple):
     query_offset: int | Tensor | None
 
 
-class Layout(NamedTuple):
-    """What is known of each slot once and for all."""
+class Slot(NamedTuple):
+    """What is known of one target layer once and for all.
 
-    cache_layers: tuple[int, ...]
-    windows: tuple[int | None, ...]
+    ``causal``: a query sees nothing that stands behind it. ``chunk`` is the size of the pieces of
+    text that do not see each other, where a layer has such.
+    ``crosses``: its keys are another stack's output; it has neither places nor a cache that grows.
+    """
+
+    cache_layer: int
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    crosses: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The prefix of one layer, as `prefixattn.prefix_attention` takes it.
+
+    ``bias`` broadcasts to ``[B, H, M, P]``.
+    """
+
+    key: Tensor  # [R, H_kv, P, D]
+    value: Tensor  # [R, H_kv, P, D_v]
+    index: Tensor | None = None  # [B]
+    lengths: Tensor | None = None  # [R]
+    gate: Tensor | None = None  # [H]
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,17 +84,18 @@ class Carrier:
 
     def __init__(
         self,
-        pairs: Sequence[tuple[Tensor, Tensor]] | None,
+        entries: Sequence[Entry | None],
         spans: Sequence[Span],
-        layout: Layout,
+        slots: Sequence[Slot],
         positions: Tensor,
         options: Options,
         *,
         unpadded: bool,
     ) -> None:
-        self.pairs = pairs  # per slot key [H_kv, P, D], value [H_kv, P, D_v]; None: no prefix now
+        self.entries = entries  # per slot; None: no prefix now
         self.spans = spans  # per slot
-        self.layout = layout
+        self.slots = slots
         self.positions = positions  # [B or 1, M] of the text, unshifted
         self.options = options
         self.unpadded = unpadded  # a mask [B, N] hides nothing
+        self.kept: dict[object, tuple[Tensor, object]] = {}  # what layers that see alike share

@@ -1,25 +1,29 @@
 """Attaching a prefix to a model, and taking it off again."""
 
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from prefixattn.integrations.boarding import Boarding, Source
-from prefixattn.integrations.carrier import SLOT, Layout, Options
+from prefixattn.encoder_decoder import EncoderDecoderPrefix
+from prefixattn.integrations.adapters import adapt
+from prefixattn.integrations.boarding import Boarding, Group, Source
+from prefixattn.integrations.carrier import SLOT, Options, Slot
 from prefixattn.integrations.implementation import set_implementation
+from prefixattn.integrations.refusal import refusal
+from prefixattn.integrations.relay import relay
 from prefixattn.integrations.survey import (
     Site,
     check_model,
     input_embeddings,
     own_sites,
-    refusal,
     survey,
 )
 from prefixattn.integrations.transformers import NAME, register
-from prefixattn.layers import LayerShape
+from prefixattn.layers import LayerShape, PrefixBatch
 from prefixattn.prefix import Prefix
 
 SUBMODULE = "prefixattn"
@@ -44,14 +48,21 @@ class Handle:
 
 
 class Submodule:
-    """The source that is the model's own submodule, whichever it is by then."""
+    """The source that is the model's own submodule, whichever it is by then.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model that owns it.
+        name: its path from there.
+    """
+
+    def __init__(self, model: nn.Module, name: str = SUBMODULE) -> None:
         self.model = model
+        self.name = name
 
-    def __call__(self) -> list[tuple[Tensor, Tensor]]:
-        prefix: Prefix = self.model.get_submodule(SUBMODULE)  # type: ignore[assignment]
-        return prefix()
+    def __call__(self) -> PrefixBatch:
+        prefix: Any = self.model.get_submodule(self.name)
+        batch: PrefixBatch = prefix.batch()
+        return batch
 
 
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
@@ -63,53 +74,140 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
             if prefix is not None:
                 raise ValueError("prefix must be None for a PeftModel that brings its own")
             return attach_peft(model, options)
-    if not isinstance(prefix, Prefix):
+    if not isinstance(prefix, Prefix | EncoderDecoderPrefix):
         raise TypeError(f"prefix must be a prefixattn.Prefix, got a {type(prefix).__name__}")
     target = check_model(model)
     if hasattr(target, SUBMODULE):
         raise ValueError(f"{type(target).__name__} already has a submodule named {SUBMODULE!r}")
     sites = survey(target)
-    check_shapes(prefix.layer_shapes, sites)
+    parts: dict[str, Prefix] = _parts(target, prefix)
+    for part, own in parts.items():
+        check_shapes(own, own_sites(sites, part), part)
     with ExitStack() as undo:
         prefix.to(sites[0].key.device)
         target.add_module(SUBMODULE, prefix)
         undo.callback(delattr, target, SUBMODULE)
-        install(target, sites, Submodule(target), options, undo)
+        whole = parts.get("self") is prefix or parts.get("decoder") is prefix
+        sources = {
+            part: Submodule(target, SUBMODULE if whole else f"{SUBMODULE}.{part}") for part in parts
+        }
+        install(target, sites, sources, options, undo)
         if target is not model:
             warnings.warn(
                 f"the files of this {type(model).__name__} do not hold the prefix: save and load "
                 "it by Prefix.save_pretrained and from_pretrained",
                 stacklevel=3,
             )
-        warn_of_dead_tokens(prefix.num_tokens, sites, options, stacklevel=4)
+        for part, own in parts.items():
+            warn_of_dead_tokens(own.num_tokens, own_sites(sites, part), options, stacklevel=4)
         return Handle(model, prefix, undo.pop_all())
 
 
+def _parts(model: PreTrainedModel, prefix: nn.Module) -> dict[str, Prefix]:
+    """Which layers of ``model`` get which prefix."""
+    if not isinstance(prefix, EncoderDecoderPrefix):
+        assert isinstance(prefix, Prefix)
+        return {"decoder" if model.config.is_encoder_decoder else "self": prefix}
+    if not model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is no encoder-decoder: it takes a prefixattn.Prefix, got an "
+            "EncoderDecoderPrefix"
+        )
+    return dict(prefix.parts)
+
+
 def install(
-    model: PreTrainedModel, sites: list[Site], source: Source, options: Options, undo: ExitStack
+    model: PreTrainedModel,
+    sites: list[Site],
+    sources: Mapping[str, Source],
+    options: Options,
+    undo: ExitStack,
 ) -> None:
-    """Hook ``model`` up to ``source``; ``undo`` learns how to take every step back."""
-    backbone = _backbone(model, sites)
-    own = own_sites(sites)
-    layout = Layout(
-        cache_layers=tuple(_cache_layer(site) for site in own),
-        windows=tuple(site.window for site in own),
-    )
-    causal = all(getattr(site.module, "is_causal", True) for site in sites)
-    boarding = Boarding(source, layout, causal, options, backbone)
-    if options.positions == "shift" and "position_ids" not in boarding.names:
-        raise refusal(model, f"{type(backbone).__name__}.forward takes no position_ids to shift")
+    """Hook ``model`` up to ``sources``, by part; ``undo`` learns how to take every step back."""
     register()
-    configs = {id(m.config): m.config for m in (backbone, *(site.module for site in sites))}
+    adapt(model, undo)
+    stacks: dict[PreTrainedModel, list[str]] = {}
+    for part in sources:
+        members = [site for site in sites if site.part == part]
+        stacks.setdefault(_stack(model, members), []).append(part)
+    for stack, parts in stacks.items():
+        _install_stack(
+            model,
+            stack,
+            {part: [s for s in sites if s.part == part] for part in parts},
+            sources,
+            options,
+            undo,
+        )
+
+
+def _install_stack(
+    model: PreTrainedModel,
+    stack: PreTrainedModel,
+    sites: Mapping[str, list[Site]],
+    sources: Mapping[str, Source],
+    options: Options,
+    undo: ExitStack,
+) -> None:
+    """Hook up the parts that one stack runs: itself, or a decoder's own and cross attention."""
+    every = [site for members in sites.values() for site in members]
+    configs = {id(c): c for c in (stack.config, *(_config_of(s.module, stack) for s in every))}
+    groups, first = [], 0
+    for part, members in sites.items():
+        own = own_sites(members, part)
+        groups.append(Group(sources[part], [_slot(s) for s in own], _owners(own, stack)))
+        for site in members:
+            setattr(site.module, SLOT, first + site.slot)
+            undo.callback(delattr, site.module, SLOT)
+        first += len(own)
+    boarding = Boarding(groups, options, stack, list(configs.values()))
+    if options.positions == "shift" and not boarding.places.movable and "cross" not in sites:
+        raise refusal(stack, f"{type(stack).__name__}.forward takes no position_ids to shift")
     undo.callback(set_implementation(NAME, list(configs.values())))
-    for site in sites:
-        setattr(site.module, SLOT, site.slot)
-        undo.callback(delattr, site.module, SLOT)
-    hook = backbone.register_forward_pre_hook(boarding, with_kwargs=True)
-    undo.callback(hook.remove)
-    embeddings = input_embeddings(backbone)
+    if stack is not model:
+        outer = model.register_forward_pre_hook(boarding.note_mask, with_kwargs=True, prepend=True)
+        undo.callback(outer.remove)
+    undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
+    undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
+    for table in boarding.places.tables:
+        if isinstance(table, nn.Embedding):
+            hook = table.register_forward_hook(boarding.places.embedding_hook)
+        else:
+            hook = table.register_forward_pre_hook(boarding.places.table_hook, with_kwargs=True)
+        undo.callback(hook.remove)
+    embeddings = input_embeddings(stack)
     if embeddings is not None:
         undo.callback(embeddings.register_forward_hook(boarding.embedding_hook).remove)
+    _install_relays(every, boarding, undo)
+
+
+def _install_relays(sites: list[Site], boarding: Boarding, undo: ExitStack) -> None:
+    deaf: dict[nn.Module, list[Site]] = {}
+    for site in sites:
+        if not site.carries and site.layer is not None:
+            deaf.setdefault(site.layer, []).append(site)
+    for layer, members in deaf.items():
+        sender = None if members[0].informed else boarding
+        relay(layer, [site.module for site in members], sender, undo)
+
+
+def _slot(site: Site) -> Slot:
+    index: Any = getattr(site.module, "layer_idx", None)
+    layer = site.slot if index is None else int(index)
+    return Slot(layer, site.causal, site.window, site.chunk, crosses=site.part == "cross")
+
+
+def _owners(sites: list[Site], stack: nn.Module) -> list[Any]:
+    """Per site the module whose relative bias it adds: its own, or the stack's first one's."""
+    biased = [m for m in stack.modules() if hasattr(m, "relative_attention_bias")]
+    if not biased or sites[0].part == "cross":
+        return [None] * len(sites)
+    return [site.module if site.module in biased else biased[0] for site in sites]
+
+
+def _config_of(module: nn.Module, stack: PreTrainedModel) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation_internal") else stack.config
 
 
 def warn_of_dead_tokens(
@@ -121,34 +219,38 @@ def warn_of_dead_tokens(
         return
     dead = num_tokens - min(windows) + 1
     if dead > 0:
+        names = [site.name for site in sites if site.window == min(windows)]
         warnings.warn(
-            f"{dead} of {num_tokens} prefix tokens are out of every query's reach in "
-            f"{len(windows)} of {len(sites)} layers, whose window is {min(windows)}; "
+            f"{dead} of {num_tokens} prefix tokens (the first ones) are out of every query's reach "
+            f"in {len(names)} of {len(sites)} layers ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}), whose window is {min(windows)}; "
             'prefix_in_window="visible" shows them',
             stacklevel=stacklevel,
         )
 
 
-def check_shapes(shapes: list[LayerShape], sites: list[Site]) -> None:
-    """Hold a prefix's layers against those of the model."""
-    own = own_sites(sites)
-    if len(shapes) != len(own):
-        raise ValueError(f"prefix must have {len(own)} layers like the model, got {len(shapes)}")
-    for shape, site in zip(shapes, own, strict=True):
-        wanted = LayerShape(site.key.shape[1], site.key.shape[3], site.value.shape[3])
-        if shape != wanted:
+def check_shapes(prefix: Any, sites: list[Site], part: str = "self") -> None:
+    """Hold a prefix's layers against those of the model.
+
+    Args:
+        prefix: has ``layer_shapes``, and ``num_heads`` per layer if it has gates.
+    """
+    shapes: list[LayerShape | None] = prefix.layer_shapes
+    where = "" if part == "self" else f" ({part})"
+    if len(shapes) != len(sites):
+        raise ValueError(
+            f"prefix{where} must have {len(sites)} layers like the model, got {len(shapes)}"
+        )
+    for shape, site in zip(shapes, sites, strict=True):
+        if shape is not None and shape != site.layer_shape:
             raise ValueError(
-                f"prefix layer {site.slot} must be {wanted} for {site.name}, got {shape}"
+                f"prefix{where} layer {site.slot} must be {site.layer_shape} for {site.name}, got "
+                f"{shape}"
             )
 
 
-def _cache_layer(site: Site) -> int:
-    index: Any = getattr(site.module, "layer_idx", None)
-    return site.slot if index is None else int(index)
-
-
-def _backbone(model: PreTrainedModel, sites: list[Site]) -> PreTrainedModel:
-    """The innermost model that owns all target modules."""
+def _stack(model: PreTrainedModel, sites: list[Site]) -> PreTrainedModel:
+    """The innermost model that owns all of these modules."""
     targets = {site.module for site in sites}
     innermost = model
     for module in model.modules():  # parents come before their children

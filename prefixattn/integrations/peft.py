@@ -3,18 +3,25 @@
 import functools
 import inspect
 import warnings
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
+import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from prefixattn.integrations.carrier import Options
+from prefixattn.integrations.derived import derive
 from prefixattn.integrations.handle import Handle, check_shapes, install, warn_of_dead_tokens
 from prefixattn.integrations.survey import check_model, own_sites, survey
-from prefixattn.layers import LayerShape, split_layers
+from prefixattn.layers import LayerShape, PrefixBatch, split_layers
 
 TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+BASE = "__base__"
+"""PEFT's name for a row without an adapter."""
+
+SOURCE = "prefixattn_source"
 
 
 def is_prompt_learning(model: nn.Module) -> bool:
@@ -38,14 +45,17 @@ def attach_peft(model: PeftModel, options: Options) -> Handle:
             f"supported are {', '.join(t.value for t in TYPES)}"
         )
     base = check_model(model)
+    part = "decoder" if base.config.is_encoder_decoder else "self"
     sites = survey(base)
-    source = PeftSource(model, len(own_sites(sites)))
-    check_shapes(source.layer_shapes(config), sites)
+    own = own_sites(sites, part)
+    source = PeftSource(model, len(own))
+    check_shapes(source, own, part)
     with ExitStack() as undo:
-        install(base, sites, source, options, undo)
-        warn_of_dead_tokens(config.num_virtual_tokens, sites, options, stacklevel=5)
-        undo.callback(setattr, model, "__class__", type(model))
-        model.__class__ = _subclass(type(model))
+        install(base, sites, {part: source}, options, undo)
+        warn_of_dead_tokens(config.num_virtual_tokens, own, options, stacklevel=5)
+        setattr(model, SOURCE, source)
+        undo.callback(delattr, model, SOURCE)
+        undo.callback(derive(model, _leaves_the_prefix_to_the_attention))
         return Handle(model, model.prompt_encoder, undo.pop_all())
 
 
@@ -61,66 +71,136 @@ class PeftSource:
     def __init__(self, model: PeftModel, num_slots: int) -> None:
         self.model = model
         self.num_slots = num_slots
+        self.chosen: Sequence[str] | None = None  # an adapter for each row, in some forwards
+        self._kept: tuple[Any, PrefixBatch] | None = None
 
-    def __call__(self) -> list[tuple[Tensor, Tensor]] | None:
+    def __call__(self) -> PrefixBatch | None:
         model = self.model
-        config = model.active_peft_config
-        if model._adapters_disabled or config.peft_type not in TYPES:
+        if model._adapters_disabled:
             return None
-        encoder = model.prompt_encoder[model.active_adapter]
-        flat = self._flat(encoder, config, model.prompt_tokens[model.active_adapter])
-        return split_layers(flat, self.layer_shapes(config, all_layers=True))[: self.num_slots]
+        names = list(dict.fromkeys(self.chosen or [model.active_adapter]))
+        names = [name for name in names if name != BASE]
+        if not names or any(model.peft_config[name].peft_type not in TYPES for name in names):
+            return None
+        flats = [self._flat(name) for name in names]
+        stored = all(isinstance(flat, nn.Parameter) for flat in flats)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not stored:
+            return self._batch(names, flats)
+        # What a decoded token needs is the same as for the one before it.
+        seen = [names, self.chosen, *((id(x), x._version) for x in flats)]
+        if self._kept is None or self._kept[0] != seen:
+            self._kept = (seen, self._batch(names, flats))
+        return self._kept[1]
 
-    def layer_shapes(self, config: Any, all_layers: bool = False) -> list[LayerShape]:
-        """What the adapter holds, per slot or for every layer that it counts."""
-        heads = config.num_attention_heads
-        dim = config.token_dim // heads
-        count = config.num_layers if all_layers else min(config.num_layers, self.num_slots)
-        return [LayerShape(heads, dim, dim)] * count
+    def _batch(self, names: list[str], flats: list[Tensor]) -> PrefixBatch:
+        index = lengths = None
+        if self.chosen is not None:
+            places = {name: place for place, name in enumerate(names)} | {BASE: -1}
+            index = torch.tensor([places[name] for name in self.chosen], device=flats[0].device)
+            lengths = torch.tensor([len(flat) for flat in flats], device=flats[0].device)
+        most = max(len(flat) for flat in flats)
+        entries = [
+            split_layers(nn.functional.pad(x, (0, 0, 0, most - len(x))), self._shapes(name))
+            for name, x in zip(names, flats, strict=True)
+        ]
+        pairs = [
+            tuple(torch.stack([e[layer][half] for e in entries]) for half in (0, 1))
+            if len(entries) > 1
+            else tuple(x[None] for x in entries[0][layer])
+            for layer in self._layers(len(entries[0]))
+        ]
+        return PrefixBatch(cast("list[tuple[Tensor, Tensor]]", pairs), index, lengths)
 
-    @staticmethod
-    def _flat(encoder: Any, config: Any, tokens: Tensor) -> Tensor:
+    def _layers(self, count: int) -> list[int]:
+        """Where in PEFT's order each of our layers has its prefix."""
+        if self.model.active_peft_config.num_transformer_submodules == 1:
+            return list(range(min(count, self.num_slots)))
+        # For an encoder-decoder PEFT doubles the layers and gives each decoder layer two of them.
+        return [(2 * layer) % count for layer in range(self.num_slots)]
+
+    @property
+    def layer_shapes(self) -> list[LayerShape | None]:
+        """What the active adapter holds, per slot."""
+        shapes = self._shapes(self.model.active_adapter)
+        return [shapes[layer] for layer in self._layers(len(shapes))]
+
+    def _shapes(self, name: str) -> list[LayerShape]:
+        config = self.model.peft_config[name]
+        dim = config.token_dim // config.num_attention_heads
+        return [LayerShape(config.num_attention_heads, dim, dim)] * config.num_layers
+
+    def _flat(self, name: str) -> Tensor:
         """``[P, 2 * L * H_kv * D]``."""
+        config, encoder = self.model.peft_config[name], self.model.prompt_encoder[name]
         weight = encoder.embedding.weight
         projects = getattr(encoder, "prefix_projection", False) and not config.inference_mode
         if not projects and not hasattr(weight, "device_mesh"):
             return weight
-        tokens = tokens[: config.num_virtual_tokens].to(weight.device)
+        tokens = self.model.prompt_tokens[name][: config.num_virtual_tokens].to(weight.device)
         if config.inference_mode and config.peft_type == PeftType.PREFIX_TUNING:
             return encoder.embedding(tokens)
         return encoder(tokens[None])[0]
 
+    @contextmanager
+    def rows(self, names: Sequence[str] | None) -> Iterator[None]:
+        """Have row ``i`` read the adapter ``names[i]`` for a while; None is the active one."""
+        if names is None:
+            yield
+            return
+        model = self.model
+        for name in names:
+            if name != BASE and name not in model.peft_config:
+                raise ValueError(
+                    f"adapter_names must be of {[BASE, *model.peft_config]}, got {name!r}"
+                )
+            if name != BASE and model.peft_config[name].peft_type not in TYPES:
+                raise NotImplementedError(f"adapter_names: {name!r} is not a prefix")
+        before, self.chosen = self.chosen, list(names)
+        try:
+            yield
+        finally:
+            self.chosen = before
 
-def _subclass(old: type[PeftModel]) -> type[PeftModel]:
-    """``old`` with a forward and a generation that leave the prefix to the attention."""
-    signature = inspect.signature(old.forward)
 
-    @functools.wraps(old.forward)
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
+    """The members of a PeftModel's subclass whose forward and generation bring no prefix."""
+    base: Any = old
+    signature = inspect.signature(base.forward)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.active_peft_config.peft_type not in TYPES:
-            return old.forward(self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
         given |= bound.get("kwargs", {})
+        names = given.pop("adapter_names", None)
         for name in (*self.special_peft_forward_args, "task_ids"):
             if given.pop(name, None) is not None:
                 raise NotImplementedError(f"{name} is not supported by an attached {old.__name__}")
         if hasattr(self, "base_model_prepare_inputs_for_generation"):
             _drop_token_types(given)
-        return self.base_model(**{name: v for name, v in given.items() if v is not None})
+        with getattr(self, SOURCE).rows(names):
+            return self.base_model(**{name: v for name, v in given.items() if v is not None})
 
-    def prepare_inputs_for_generation(self: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def generate(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        with getattr(self, SOURCE).rows(adapter_names):
+            return base.generate(self, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self.active_peft_config.peft_type not in TYPES:
-            return old.prepare_inputs_for_generation(self, *args, **kwargs)
+            return cast("dict[str, Any]", base.prepare_inputs_for_generation(self, *args, **kwargs))
         kwargs.pop("task_ids", None)
-        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any] = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
         _drop_token_types(inputs)
         return inputs
 
-    members: dict[str, Any] = {"forward": forward, "__module__": old.__module__}
+    members: dict[str, Any] = {"forward": forward}
+    if hasattr(old, "generate"):
+        members["generate"] = generate
     if hasattr(old, "prepare_inputs_for_generation"):
         members["prepare_inputs_for_generation"] = prepare_inputs_for_generation
-    return type(old.__name__, (old,), members)
+    return members
 
 
 def _drop_token_types(inputs: dict[str, Any]) -> None:

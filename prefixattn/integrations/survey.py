@@ -1,61 +1,89 @@
-"""Which modules of a model attend to themselves, learned by running it once."""
+"""Which modules of a model attend, and to what, learned by running it once."""
 
+import inspect
 from collections import Counter
+from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prefixattn.integrations.adapters import adapt, is_adapted
 from prefixattn.integrations.carrier import SLOT
 from prefixattn.integrations.implementation import own_configs, set_implementation
+from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.transformers import attention_forward
+from prefixattn.layers import LayerShape
 
 SURVEY_NAME = "prefixattn-survey"
 PROBE_KEYWORD = "prefix_attention_probe"
-ORDINARY_LAYERS = {"full_attention", "sliding_attention", None}
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+OTHER_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "mlp", "moe"}
+PARTS = ("self", "encoder", "decoder", "cross")
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One self-attention module and what it attended to in the survey.
+    """One attention module and what it attended to in the survey.
 
-    ``key [1, H_kv, N, D]`` is after RoPE. ``slot`` counts the layers that have keys of their own;
-    a module that borrows another's keys has that one's slot. ``window`` is the layer's sliding
-    window. ``carries`` says whether the backbone hands unknown keywords on to it.
+    ``part``: "self" in a model of one stack, else "encoder", "decoder" or "cross". ``key
+    [1, H_kv, N, D]`` is after RoPE. ``slot`` counts the layers of the part that have keys of their
+    own; a module that borrows another's keys has that one's slot. ``num_heads`` are the query's.
+    ``causal``, ``window`` and ``chunk`` are the layer's. ``layer`` is the module to relay the
+    prefix from, where keywords do not reach this one; ``informed`` says whether they reach it.
     """
 
     name: str
     module: nn.Module
+    part: str
     slot: int
     key: Tensor
     value: Tensor
+    num_heads: int
+    causal: bool
     window: int | None
+    chunk: int | None
     carries: bool
     biased: bool
+    layer: nn.Module | None
+    informed: bool
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        return LayerShape(self.key.shape[1], self.key.shape[3], self.value.shape[3])
 
 
 @dataclass
 class _Recording:
     names: dict[nn.Module, str]
-    sites: list[Site]
-    slots: dict[int, int]  # address of a key -> its slot
-    windows: dict[int, int | None]  # id of a mask -> the window it was made for
-    masks: list[Tensor | None]  # keeps the ids above from being used again
-    length: int
+    lengths: dict[tuple[int, int], str]  # queries and keys -> part
+    chunk: int | None
+    sites: list[Site] = field(default_factory=list)
+    slots: dict[tuple[str, int], int] = field(default_factory=dict)  # address of a key -> its slot
+    windows: dict[int, int | None] = field(default_factory=dict)  # id of a mask -> its window
+    masks: list[Tensor | None] = field(default_factory=list)  # keeps those ids from other use
+    layers: list[tuple[nn.Module, bool]] = field(default_factory=list)  # those that run now
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("prefixattn_recording", default=None)
 
 
-def survey(model: Any, input_ids: Tensor | None = None) -> list[Site]:
-    """The self-attention modules of ``model``, in the order they run.
+def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -> list[Site]:
+    """The attention modules of ``model``, in the order they run.
 
-    Runs the model once on ``input_ids [1, N]`` (default: two tokens), in evaluation mode, without
-    gradients and without a cache, and leaves it as it was.
+    Runs the model once, in evaluation mode, without gradients and without a cache, and leaves it
+    as it was.
+
+    Args:
+        model: a transformers model, or a ``PeftModel`` around one.
+        input_ids: ``[1, N]`` tokens to run it on; default a few.
+        part: of an encoder-decoder, what ``input_ids`` are for: "decoder", "encoder" or "cross"
+            (which attends to what the encoder makes of them).
 
     Raises:
         TypeError: not a transformers model.
@@ -64,37 +92,86 @@ def survey(model: Any, input_ids: Tensor | None = None) -> list[Site]:
     model = check_model(model)
     embeddings = input_embeddings(model)
     device = model.device if embeddings is None else next(embeddings.parameters()).device
-    if input_ids is None:
-        input_ids = torch.tensor([[0, 1]], device=device)
+    ids = torch.tensor([[0, 1]]) if input_ids is None else input_ids
+    inputs, lengths = _inputs(model, ids.to(device), part)
     recording = _Recording(
         names={module: name for name, module in model.named_modules()},
-        sites=[],
-        slots={},
-        windows={},
-        masks=[],
-        length=input_ids.shape[1],
+        lengths=lengths,
+        chunk=getattr(model.config.get_text_config(), "attention_chunk_size", None),
     )
-    _register()
+    AttentionInterface.register(SURVEY_NAME, _record_attention)
+    AttentionMaskInterface.register(SURVEY_NAME, _record_mask)
     training = [module for module in model.modules() if module.training]
-    backbone = model.base_model
     token = _recording.set(recording)
-    restore = set_implementation(SURVEY_NAME, own_configs(model))
-    try:
+    with ExitStack() as undo:
+        undo.callback(_restore_training, model, training)
+        undo.callback(_recording.reset, token)
+        adapt(model, undo)
+        undo.callback(set_implementation(SURVEY_NAME, own_configs(model)))
+        _watch(model, recording, undo)
         model.eval()
         with torch.inference_mode(False), torch.no_grad():
-            backbone(
-                input_ids=input_ids.to(device),
-                attention_mask=torch.ones_like(input_ids, device=device),
-                use_cache=False,
-                **{PROBE_KEYWORD: recording},
-            )
-    finally:
-        restore()
-        _recording.reset(token)
-        for module in training:
-            module.training = True
+            model.base_model(**inputs, use_cache=False)
     _check_sites(model, recording.sites)
     return recording.sites
+
+
+def _inputs(
+    model: PreTrainedModel, ids: Tensor, part: str
+) -> tuple[dict[str, Tensor], dict[tuple[int, int], str]]:
+    """What to run ``model`` on, and which lengths of queries and keys mean which part."""
+    length = ids.shape[1]
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {
+            (length, length): "self"
+        }
+    other = torch.cat([ids, ids[:, :1]], dim=1)  # another length, to tell the two apart
+    source, target = (other, ids) if part == "decoder" else (ids, other)
+    encoder, decoder = source.shape[1], target.shape[1]
+    inputs = {"input_ids": source, "attention_mask": torch.ones_like(source)}
+    return inputs | {"decoder_input_ids": target}, {
+        (encoder, encoder): "encoder",
+        (decoder, decoder): "decoder",
+        (decoder, encoder): "cross",
+    }
+
+
+def _restore_training(model: nn.Module, training: list[nn.Module]) -> None:
+    model.eval()
+    for module in training:
+        module.training = True
+
+
+def _watch(model: nn.Module, recording: _Recording, undo: ExitStack) -> None:
+    """Send a probe into every stack, and note how far it comes."""
+
+    def send(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {PROBE_KEYWORD: recording}
+
+    def enter(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        recording.layers.append((module, kwargs.get(PROBE_KEYWORD) is recording))
+        takes = takes_keywords(module)
+        return args, {k: v for k, v in kwargs.items() if takes or k != PROBE_KEYWORD}
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recording.layers.pop()
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and takes_keywords(module):
+            undo.callback(module.register_forward_pre_hook(send, with_kwargs=True).remove)
+        elif isinstance(module, GradientCheckpointingLayer):
+            undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def takes_keywords(module: nn.Module) -> bool:
+    """Whether the module's forward takes keywords that it does not name."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def check_model(model: Any) -> PreTrainedModel:
@@ -102,31 +179,22 @@ def check_model(model: Any) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):  # a PeftModel around it
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {_kind(model)}")
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if any(hasattr(module, SLOT) for module in model.modules()):
-        raise ValueError(f"{_kind(model)} has a prefix attached already: detach() it first")
+        raise ValueError(f"{type(model).__name__} has a prefix attached already: detach() it first")
     if model.device.type == "meta":
         raise refusal(model, "it is on the meta device: load its weights first")
     config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        raise refusal(model, "encoder-decoder models are not supported yet")
     if model.main_input_name != "input_ids":
         raise refusal(model, f"its input is {model.main_input_name}, not text")
-    if not type(model)._can_set_attn_implementation():
-        raise refusal(model, "it does not go through transformers' attention interface")
-    unusual = set(getattr(config, "layer_types", None) or ()) - ORDINARY_LAYERS
+    with ExitStack() as undo:
+        stacks = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        if not (adapt(model, undo) or any(m._can_set_attn_implementation() for m in stacks)):
+            raise refusal(model, "it does not go through transformers' attention interface")
+    unusual = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS - OTHER_LAYERS
     if unusual:
         raise refusal(model, f"its layers of type {sorted(unusual)} cannot carry a prefix")
     return model
-
-
-def refusal(model: nn.Module, reason: str) -> NotImplementedError:
-    """The error for a model that cannot carry a prefix."""
-    return NotImplementedError(f"{_kind(model)} cannot carry a prefix: {reason}")
-
-
-def _kind(model: nn.Module) -> str:
-    return type(model).__name__
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -136,11 +204,6 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     except NotImplementedError:
         return None
     return found if isinstance(found, nn.Module) else None
-
-
-def _register() -> None:
-    AttentionInterface.register(SURVEY_NAME, _record_attention)
-    AttentionMaskInterface.register(SURVEY_NAME, _record_mask)
 
 
 def _record_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
@@ -164,23 +227,48 @@ def _record_attention(
 ) -> tuple[Tensor, None]:
     recording = _recording.get()
     probe = kwargs.pop(PROBE_KEYWORD, None)
-    length = query.shape[2]
-    if recording is not None and length == recording.length == key.shape[2]:
+    part = None if recording is None else recording.lengths.get((query.shape[2], key.shape[2]))
+    if recording is not None and part is not None:
         known = recording.windows.get(id(attention_mask))
         window = kwargs.get("sliding_window", known) if known is None else known
-        name = recording.names.get(module, type(module).__name__)
-        slot = recording.slots.setdefault(key.data_ptr(), len(recording.slots))
-        carries = probe is recording
-        biased = id(attention_mask) not in recording.windows and _is_bias(attention_mask)
-        recording.sites.append(Site(name, module, slot, key, value, window, carries, biased))
+        chunk = recording.chunk if window == recording.chunk else None
+        layer, informed = recording.layers[-1] if recording.layers else (None, False)
+        places = {place for place in recording.slots if place[0] == part}
+        recording.sites.append(
+            Site(
+                name=recording.names.get(module, type(module).__name__),
+                module=module,
+                part=part,
+                slot=recording.slots.setdefault((part, key.data_ptr()), len(places)),
+                key=key,
+                value=value,
+                num_heads=query.shape[1],
+                causal=_causal(module, attention_mask, recording, kwargs.get("is_causal")),
+                window=window if chunk is None else None,
+                chunk=chunk,
+                carries=probe is recording,
+                biased=_biased(module, attention_mask, recording),
+                layer=layer,
+                informed=informed,
+            )
+        )
     return attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _is_bias(mask: Tensor | None) -> bool:
-    """Whether ``mask`` holds anything but "seen" and "not seen"."""
-    if mask is None or not mask.is_floating_point():
+def _causal(
+    module: nn.Module, mask: Tensor | None, recording: _Recording, named: bool | None
+) -> bool:
+    """Whether the layer hides what stands behind a query: its mask says so before its name does."""
+    if mask is not None and id(mask) in recording.windows:
+        return not bool(mask[0, 0, 0, -1])
+    return bool(getattr(module, "is_causal", True) if named is None else named)
+
+
+def _biased(module: nn.Module, mask: Tensor | None, recording: _Recording) -> bool:
+    """Whether a module's mask holds anything but "seen" and "not seen" that we know nothing of."""
+    if mask is None or id(mask) in recording.windows or is_adapted(module):
         return False
-    return bool(((mask != 0) & (mask > -1e4)).any())
+    return mask.is_floating_point() and bool(((mask != 0) & (mask > -1e4)).any())
 
 
 def _check_sites(model: PreTrainedModel, sites: list[Site]) -> None:
@@ -193,18 +281,44 @@ def _check_sites(model: PreTrainedModel, sites: list[Site]) -> None:
             raise refusal(model, f"{site.name} attends {times} times in one forward")
         if site.biased:
             raise refusal(model, f"{site.name} adds a bias of its own to the attention scores")
-        if not site.carries:
+        if not site.carries and site.layer is None:
             raise refusal(model, f"it does not hand unknown keywords on to {site.name}")
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(sites))
-    if layers != len(sites):
-        raise refusal(
-            model, f"{len(sites)} attention modules were met in a model of {layers} layers"
+    met = Counter(site.part for site in sites)
+    if model.config.is_encoder_decoder and not met["decoder"]:
+        raise refusal(model, "its decoder does not attend to its own text alone")
+    for part, expected in _expected(model).items():
+        if met[part] != expected:
+            raise refusal(
+                model,
+                f"{met[part]} attention modules were met in {expected} layers that attend"
+                + ("" if part == "self" else f" ({part})"),
+            )
+
+
+def _expected(model: PreTrainedModel) -> dict[str, int]:
+    """How many modules of each part the configuration lets us expect."""
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        encoder = getattr(config, "encoder_layers", None) or getattr(config, "num_layers", None)
+        decoder = getattr(config, "decoder_layers", None) or getattr(
+            config, "num_decoder_layers", None
         )
+        counts = {"encoder": encoder, "decoder": decoder, "cross": decoder}
+        return {part: count for part, count in counts.items() if count is not None}
+    types = getattr(config, "layer_types", None)
+    if types:
+        return {"self": sum(kind in ATTENTION_LAYERS for kind in types)}
+    layers = getattr(config, "num_hidden_layers", None)
+    return {} if layers is None else {"self": layers}
 
 
-def own_sites(sites: list[Site]) -> list[Site]:
-    """One site per slot: the first, whose keys they are."""
+def own_sites(sites: list[Site], part: str | None = None) -> list[Site]:
+    """One site per slot of a part: the first, whose keys they are.
+
+    ``part`` None is where a plain `Prefix` goes: the only stack, or the decoder's own attention.
+    """
     first: dict[int, Site] = {}
     for site in sites:
-        first.setdefault(site.slot, site)
+        if site.part == part or (part is None and site.part in ("self", "decoder")):
+            first.setdefault(site.slot, site)
     return list(first.values())

@@ -14,7 +14,9 @@ from transformers.masking_utils import (
 )
 
 from prefixattn.api import prefix_attention
-from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier
+from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Span
+from prefixattn.integrations.relay import RELAYED
+from prefixattn.integrations.visibility import Seat, by_mask, by_place, places_of
 
 NAME = "prefixattn"
 
@@ -22,7 +24,6 @@ NAME = "prefixattn"
 _REFUSED = {
     "indices": "sparse attention",
     "block_indices": "sparse attention",
-    "position_bias": "a relative position bias",
     "output_attentions": "returning attention weights",
 }
 
@@ -48,33 +49,32 @@ def attention_forward(
     A module with a slot attends to its prefix too; any other has an empty one.
     """
     _refuse(module, kwargs)
-    carrier: Carrier | None = kwargs.get(KEYWORD)
-    slot: int | None = getattr(module, SLOT, None)
-    if slot is None:
-        window = kwargs.get("sliding_window")
-    elif carrier is None:
-        raise RuntimeError(
-            f"{type(module).__name__} has a prefix, but the forward that reached it did not bring "
-            f"it: call the attached model itself, not a part of it, and not its .forward"
-        )
+    seat = _seat(module, kwargs)
+    if seat is None:
+        entry, implementation = None, "auto"
+        named = kwargs.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True) if named is None else named)
     else:
-        window = carrier.layout.windows[slot]
-        _check_length(module, key, carrier, slot)
+        entry, causal = seat.entry, seat.slot.causal
+        implementation = seat.carrier.options.implementation
+        if not seat.slot.crosses:
+            _check_length(module, key, seat.span)
 
-    prefix_key, prefix_value = _prefix_of(carrier, slot, key, value)
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     if attention_mask is not None and attention_mask.ndim == 4:
-        arguments = _by_mask(query, prefix_key, attention_mask, carrier, window, causal)
+        arguments = by_mask(query, attention_mask, seat, causal)
     else:
         if kwargs.get("cu_seq_lens_q") is not None:
             raise NotImplementedError(
                 "packed rows (cu_seq_lens_q) need position_ids that start again at each document, "
                 "no attention_mask and use_cache=False"
             )
-        arguments = _by_place(key, attention_mask, carrier, slot, window, causal)
+        arguments = by_place(query, key, attention_mask, seat, causal)
+        if seat is None:
+            arguments["window"] = kwargs.get("sliding_window")
+    _add_position_bias(arguments, kwargs, seat)
 
     sinks = kwargs.get("s_aux")
+    prefix_key, prefix_value = _prefix_of(entry, key, value)
     out = prefix_attention(
         query,
         key,
@@ -85,11 +85,27 @@ def attention_forward(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("sinks") if sinks is None else sinks,
         dropout_p=dropout if module.training else 0.0,
-        implementation="auto" if carrier is None else carrier.options.implementation,
+        implementation=implementation,
+        **({} if entry is None else _of_entry(entry, query)),
         **arguments,
     )
     assert isinstance(out, Tensor)  # and not the pair that return_lse gives
     return out.transpose(1, 2).contiguous(), None
+
+
+def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:
+    """None for a module that was given no prefix."""
+    index: int | None = getattr(module, SLOT, None)
+    if index is None:
+        return None
+    carrier: Carrier | None = kwargs.get(KEYWORD)
+    carrier = getattr(module, RELAYED, None) if carrier is None else carrier
+    if carrier is None:
+        raise RuntimeError(
+            f"{type(module).__name__} has a prefix, but the forward that reached it did not bring "
+            f"it: call the attached model itself, not a part of it, and not its .forward"
+        )
+    return Seat(carrier, carrier.slots[index], carrier.spans[index], carrier.entries[index])
 
 
 def attention_mask(
@@ -109,19 +125,18 @@ def attention_mask(
 ) -> Tensor | None:
     """transformers' mask function: None or bool ``[B, N]`` where keys and places say it all.
 
-    The attention function applies causality and the window itself. What they cannot express
-    (packed documents, image blocks, chunks, two-sided windows) comes as bool ``[B, 1, M, N]``.
+    The attention function applies causality, windows and chunks itself. What they cannot express
+    (packed documents, image blocks, two-sided windows) comes as bool ``[B, 1, M, N]``.
     ``generate`` may call this on its own result, so ``[B, N]`` maps to itself.
     """
     if local_size is None:
-        by_place = mask_function in (causal_mask_function, bidirectional_mask_function)
+        plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     else:
         # A window's mask function is a closure, which must not be opened while compiling. These
         # arguments tell: anything laid over the window forbids the skip (one query decoding from a
-        # static cache forbids it too); chunks are told by the configuration.
+        # static cache forbids it too).
         plain = allow_is_causal_skip or (q_length == 1 and not allow_is_bidirectional_skip)
-        by_place = plain and local_size != getattr(config, "attention_chunk_size", None)
-    if use_vmap or not by_place:
+    if use_vmap or not plain:
         return sdpa_mask(
             batch_size,
             q_length,
@@ -154,70 +169,48 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _check_length(module: nn.Module, key: Tensor, carrier: Carrier, slot: int) -> None:
-    expected = carrier.spans[slot].key_length
-    if key.shape[2] != expected:
+def _check_length(module: nn.Module, key: Tensor, span: Span) -> None:
+    if key.shape[2] != span.key_length:
         raise RuntimeError(
-            f"{type(module).__name__} has {key.shape[2]} keys where its cache promised {expected}: "
-            "gradient checkpointing drops a cache that is passed to a model in training"
+            f"{type(module).__name__} has {key.shape[2]} keys where its cache promised "
+            f"{span.key_length}: gradient checkpointing drops a cache that is passed to a model in "
+            "training"
         )
 
 
-def _prefix_of(
-    carrier: Carrier | None, slot: int | None, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``[1, H_kv, P, D]`` and ``[1, H_kv, P, D_v]`` beside ``key``; ``P = 0`` without a prefix."""
-    if carrier is None or slot is None or carrier.pairs is None:
+def _prefix_of(entry: Entry | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """``[R, H_kv, P, D]`` and ``[R, H_kv, P, D_v]`` beside ``key``; ``P = 0`` without a prefix."""
+    if entry is None:
         return key[:1, :, :0], value[:1, :, :0]
-    prefix_key, prefix_value = carrier.pairs[slot]
-    return prefix_key[None].to(key), prefix_value[None].to(value)
+    return entry.key.to(key), entry.value.to(value)
 
 
-def _by_place(
-    key: Tensor,
-    mask: Tensor | None,
-    carrier: Carrier | None,
-    slot: int | None,
-    window: int | None,
-    causal: bool,
-) -> dict[str, Any]:
-    """Arguments where a key's place says whether it is seen, beside a padding mask ``[B, N]``."""
-    arguments: dict[str, Any] = {"is_causal": causal, "window": window}
-    if carrier is not None and slot is not None:
-        arguments["query_offset"] = carrier.spans[slot].query_offset
-        arguments["prefix_in_window"] = carrier.options.prefix_in_window
-        mask = None if carrier.unpadded else mask
-    if mask is not None:
-        if mask.shape[-1] != key.shape[2]:
-            raise ValueError(
-                f"attention_mask must cover the {key.shape[2]} keys, got {tuple(mask.shape)}"
-            )
-        arguments["attn_mask"] = mask[:, None, None, :]
-        if window is not None:
-            # The first real token of each row, where the prefix ends. A sliding cache may have
-            # dropped it: then index 0 stands in, which no prefix token reaches either.
-            arguments["key_start"] = mask.int().argmax(dim=1).expand(key.shape[0])
-    return arguments
+def _of_entry(entry: Entry, query: Tensor) -> dict[str, Any]:
+    """What a prefix brings with it beside its keys and values, where it brings anything."""
+    gate = None if entry.gate is None else entry.gate.to(query)
+    found = {
+        "prefix_index": entry.index,
+        "prefix_lengths": entry.lengths,
+        "prefix_gate": gate,
+        "prefix_bias": entry.bias,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _by_mask(
-    query: Tensor,
-    prefix_key: Tensor,
-    mask: Tensor,
-    carrier: Carrier | None,
-    window: int | None,
-    causal: bool,
-) -> dict[str, Any]:
-    """Arguments where a mask ``[B, 1, M, N]`` rules the sequence half."""
-    arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": False}
-    num_tokens = prefix_key.shape[2]
-    if carrier is None or window is None or num_tokens == 0:
-        return arguments
-    if carrier.options.prefix_in_window == "positions":
-        token = torch.arange(num_tokens, device=query.device) - num_tokens  # [P], text begins at 0
-        distance = carrier.positions.to(query.device)[:, None, :, None] - token  # [B, 1, M, P]
-        # transformers counts the far end in where a window has two sides.
-        seen = distance < window if causal else distance <= window
-        hidden = torch.full((), -torch.inf, dtype=query.dtype, device=query.device)
-        arguments["prefix_bias"] = torch.where(seen, torch.zeros_like(hidden), hidden)
-    return arguments
+def _add_position_bias(
+    arguments: dict[str, Any], kwargs: dict[str, Any], seat: Seat | None
+) -> None:
+    """Add a model's own bias by position to what either half adds to its scores."""
+    bias: Tensor | None = kwargs.get("position_bias")
+    if bias is not None and not (seat is not None and seat.slot.crosses):
+        mask = arguments.get("attn_mask")
+        if mask is None:
+            arguments["attn_mask"] = bias
+        elif mask.dtype == torch.bool:
+            arguments["attn_mask"] = torch.where(mask, bias, -torch.inf)
+        else:
+            arguments["attn_mask"] = mask + bias
+    slopes: Tensor | None = kwargs.get("slopes")
+    if slopes is not None and seat is not None and seat.entry is not None:
+        distances = places_of(seat.entry, slopes.device)
+        arguments["prefix_bias"] = (slopes[:, None, None] * distances).to(seat.entry.key.dtype)

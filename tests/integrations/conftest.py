@@ -43,6 +43,17 @@ GPT2 = {
     "eos_token_id": 96,
 }
 
+BLOOM = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 96,
+    "tie_word_embeddings": False,
+}
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**GQA),
     "qwen3": lambda: transformers.Qwen3Config(**GQA, head_dim=8),
@@ -75,11 +86,27 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         laurel_rank=4,
         activation_sparsity_pattern=[0.0] * 3,
     ),
+    "nemotron": lambda: transformers.NemotronConfig(**GQA),  # keywords end at its layers
+    "stablelm": lambda: transformers.StableLmConfig(**GQA),  # so they do here
+    # These bypass the attention interface.
+    "bloom": lambda: transformers.BloomConfig(**BLOOM),
+    "falcon": lambda: transformers.FalconConfig(**BASE, bias=True),
+    "falcon_alibi": lambda: transformers.FalconConfig(**BASE, alibi=True, multi_query=False),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**BASE, intermediate_size=48),
     # These multiply by grouped matrices, which torch has in single precision only.
     "phimoe": lambda: transformers.PhimoeConfig(  # a window that only its mask tells of
         **{key: value for key, value in SLIDING.items() if key != "head_dim"},
         num_local_experts=4,
+    ),
+    "llama4_text": lambda: transformers.Llama4TextConfig(  # chunks, and layers without positions
+        **(GQA | {"num_hidden_layers": 3}),
+        head_dim=8,
+        intermediate_size_mlp=48,
+        attention_chunk_size=7,
+        layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        no_rope_layers=[1, 0, 1],
+        num_local_experts=2,
+        moe_layers=[],
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(  # sinks
         **SLIDING, num_local_experts=4, num_experts_per_tok=2
@@ -102,8 +129,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 SINGLE_PRECISION = {"gpt_oss", "deepseek_v3", "phimoe"}
 PROMISED = ("llama", "qwen3", "gemma2", "gpt2", "opt")  # the causal models the issue names
 OTHERS = (
-    "mistral qwen2 phi3 gemma3 olmo2 cohere2 gemma3n gpt_neox phimoe gpt_oss deepseek_v3".split()
-)
+    "mistral qwen2 phi3 gemma3 olmo2 cohere2 gemma3n gpt_neox phimoe gpt_oss deepseek_v3 "
+    "llama4_text nemotron stablelm bloom falcon falcon_alibi"
+).split()
 
 
 def build(name: str, auto: Any = transformers.AutoModelForCausalLM, **changes: Any) -> Any:

@@ -42,6 +42,26 @@ def test_gradients_equal(promised: Any, attach: Any, kind: dict[str, bool]) -> N
     assert_equal(gradients(promised.model, prefix, **inputs), expected)
 
 
+@pytest.mark.parametrize("name", ["nemotron", "bloom", "falcon"])
+def test_where_keywords_do_not_reach_the_attention(
+    case: Callable[..., Any], attach: Any, name: str, kind: dict[str, bool]
+) -> None:
+    """Another forward in between, with another prefix, leaves the recomputation alone."""
+    found = case(name)
+    inputs, prefix = trained(found), found.prefix()
+    other = Prefix.random(found.model, 3)
+    attach(found.model, prefix)
+    expected = gradients(found.model.train(), prefix, **inputs)
+    found.model.gradient_checkpointing_enable(kind)
+    prefix.zero_grad()
+    loss = found.model(**inputs).loss
+    found.model.prefixattn = other
+    found.model(**inputs)
+    found.model.prefixattn = prefix
+    loss.backward()
+    assert_equal([p.grad for p in prefix.parameters() if p.grad is not None], expected)
+
+
 def test_enabled_before_attaching(
     case: Callable[..., Any], attach: Any, kind: dict[str, bool]
 ) -> None:

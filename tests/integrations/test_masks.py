@@ -90,17 +90,13 @@ def packed(inside: Any) -> Any:
             "use_vmap": True,
         },
         {
-            "mask_function": hf.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long)),
-            "local_size": 3,
-        },
-        {
             "mask_function": hf.sliding_window_bidirectional_mask_function(4),
             "local_size": 4,
             "allow_is_causal_skip": False,
             "allow_is_bidirectional_skip": True,
         },
     ],
-    ids=["packed", "packed in windows", "image block", "chunks", "two-sided window"],
+    ids=["packed", "packed in windows", "image block", "two-sided window"],
 )
 def test_what_places_cannot_say(special: dict[str, Any]) -> None:
     for rows in (None, padding(0, 2)):

@@ -242,7 +242,45 @@ def test_what_is_refused(llama: Any, attach: Any, model_of: Any) -> None:
     with pytest.raises(ValueError, match="prefix must be None"):
         attach(ours, Prefix([torch.zeros(2, 3, 8)] * 2, [torch.zeros(2, 3, 8)] * 2))
     attach(ours)
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        ours(input_ids=llama.input_ids, adapter_names=["default", "default"])
+    with pytest.raises(ValueError, match=r"adapter_names must be of .*'default'.*, got 'other'"):
+        ours(input_ids=llama.input_ids, adapter_names=["default", "other"])
+    with pytest.raises(ValueError, match="chosen for 3 rows, but the input has 2"):
+        ours(input_ids=llama.input_ids, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match="detach"):
         attach(ours)
+
+
+@torch.no_grad()
+def test_an_adapter_for_each_row(llama: Any, attach: Any) -> None:
+    """Prefixes of different lengths, and none, in one batch and for every beam of a row."""
+    model = tuned(llama.model)
+    model.add_adapter("long", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=9))
+    model.double().eval()
+    for encoder in model.prompt_encoder.values():
+        torch.nn.init.normal_(encoder.embedding.weight)
+    names = ["long", "__base__", "default"]
+    ids = torch.cat([llama.input_ids, llama.input_ids[:1]])
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    attach(model)
+    logits, tokens, beams = [], [], []
+    for name, row in zip(names, ids, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                logits.append(model(input_ids=row[None]).logits)
+                tokens.append(model.generate(input_ids=row[None], **greedy))
+                beams.append(model.generate(input_ids=row[None], num_beams=3, **greedy))
+        else:
+            model.set_adapter(name)
+            logits.append(model(input_ids=row[None]).logits)
+            tokens.append(model.generate(input_ids=row[None], **greedy))
+            beams.append(model.generate(input_ids=row[None], num_beams=3, **greedy))
+    found = model(input_ids=ids, adapter_names=names).logits
+    torch.testing.assert_close(found, torch.cat(logits), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found[0], found[2])
+    assert torch.equal(
+        model.generate(input_ids=ids, adapter_names=names, **greedy), torch.cat(tokens)
+    )
+    got = model.generate(input_ids=ids, adapter_names=names, num_beams=3, **greedy)
+    assert torch.equal(got, torch.cat(beams))
+    model.set_adapter("long")
+    torch.testing.assert_close(model(input_ids=ids[:1]).logits, logits[0])  # the choice is over

@@ -1,0 +1,114 @@
+"""The prefixes of an encoder-decoder model: up to three, as in Li & Liang (2021)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prefixattn.files import read_json, write_json
+from prefixattn.prefix import Prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PARTS = ("encoder", "decoder", "cross")
+CONFIG_FILE = "encoder_decoder_prefix.json"
+
+
+class EncoderDecoderPrefix(nn.Module):
+    """Prefixes for the encoder, for the decoder's own attention, and for its view of the encoder.
+
+    A plain `Prefix` on an encoder-decoder is one for the decoder's own attention, as in PEFT.
+
+    Args:
+        encoder: beside the source text.
+        decoder: beside the target text.
+        cross: beside what the encoder made of the source; it has no places.
+
+    Raises:
+        ValueError: no part was given.
+        TypeError: a part is no `Prefix`.
+    """
+
+    def __init__(
+        self,
+        encoder: Prefix | None = None,
+        decoder: Prefix | None = None,
+        cross: Prefix | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"encoder": encoder, "decoder": decoder, "cross": cross}
+        for name, prefix in given.items():
+            if prefix is not None and not isinstance(prefix, Prefix):
+                raise TypeError(f"{name} must be a Prefix, got a {type(prefix).__name__}")
+            if prefix is not None:
+                self.add_module(name, prefix)
+        if not self.parts:
+            raise ValueError(f"one of {', '.join(PARTS)} must be given, got none")
+
+    @property
+    def parts(self) -> dict[str, Prefix]:
+        """The prefixes that there are, by part."""
+        return {name: p for name, p in self.named_children() if isinstance(p, Prefix)}
+
+    @classmethod
+    def random(
+        cls,
+        model: "PreTrainedModel",
+        num_tokens: int,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> "EncoderDecoderPrefix":
+        """All three parts, drawn as `Prefix.random` draws them.
+
+        Args:
+            model: an encoder-decoder model that ``attach`` supports.
+            num_tokens: ``P``, at least 1, of each part.
+            std: standard deviation, at least 0; 0 gives zeros.
+            generator: a CPU generator.
+        """
+        draws = {p: Prefix.random(model, num_tokens, std, generator, part=p) for p in PARTS}
+        return cls(**draws)
+
+    @classmethod
+    def from_text(
+        cls, model: "PreTrainedModel", source: Tensor | None = None, target: Tensor | None = None
+    ) -> "EncoderDecoderPrefix":
+        """The keys and values that ``model`` itself computes for texts.
+
+        Args:
+            model: an encoder-decoder model that ``attach`` supports, not attached to.
+            source: ``[P]`` or ``[1, P]`` tokens for the encoder, and for the decoder's view of it.
+                None: these two have no prefix.
+            target: ``[P]`` or ``[1, P]`` tokens for the decoder's own attention. None: it has none.
+        """
+        texts = {"encoder": source, "decoder": target, "cross": source}
+        return cls(
+            **{
+                part: Prefix.from_text(model, ids, part=part)
+                for part, ids in texts.items()
+                if ids is not None
+            }
+        )
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write each part into a folder of its own below ``path``."""
+        folder = Path(path)
+        for name, prefix in self.parts.items():
+            prefix.save_pretrained(folder / name)
+        write_json(folder / CONFIG_FILE, {"format": "prefixattn", "parts": sorted(self.parts)})
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "EncoderDecoderPrefix":
+        """The prefixes saved in the folder ``path``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or of another format.
+        """
+        folder = Path(path)
+        names = read_json(folder / CONFIG_FILE).get("parts")
+        if not isinstance(names, list) or not names or any(n not in PARTS for n in names):
+            raise ValueError(f"{folder / CONFIG_FILE}: parts must be some of {PARTS}, got {names}")
+        return cls(**{name: Prefix.from_pretrained(folder / name) for name in names})

@@ -1,0 +1,219 @@
+"""Where a stack of layers puts its text among positions, and how it is moved behind a prefix."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefixattn.integrations.adapters import is_free_of_positions
+from prefixattn.integrations.refusal import refusal
+
+
+class Places:
+    """What is known of a stack's positions once and for all.
+
+    Args:
+        stack: the model that owns the layers.
+        causal: whether a query sees only what stands before it.
+
+    Raises:
+        NotImplementedError: positions are counted in a way that is not known here.
+    """
+
+    def __init__(self, stack: PreTrainedModel, causal: bool) -> None:
+        self.causal = causal
+        self.kind = type(stack).__name__
+        self.names = list(inspect.signature(type(stack).forward).parameters)[1:]
+        self.takes_ids = "position_ids" in self.names
+        self.table = _table_size(stack)
+        self.tables = [] if self.takes_ids else _tables(stack)
+        self.numbering = _numbering(stack)
+        self.counts_mask = _counts_mask(stack)
+        self.biases = [m for m in stack.modules() if hasattr(m, "relative_attention_bias")]
+        self.movable = (
+            self.takes_ids or bool(self.tables or self.biases) or is_free_of_positions(stack)
+        )
+        self.moved: Tensor | None = None  # of this forward, for the tables' hook
+        self.shift: int | Tensor = 0
+
+    def find(
+        self,
+        kwargs: dict[str, Any],
+        inputs: Tensor,
+        cached: int | Tensor,
+        outer_mask: Tensor | None = None,
+    ) -> Tensor:
+        """``[B or 1, M]`` (or what the caller gave): the places of this forward's text.
+
+        ``outer_mask [B, N]`` is what a model around the stack was told, which may hand on masks of
+        its own making.
+        """
+        given = kwargs.get("position_ids")
+        if given is not None:
+            return given
+        if self.numbering is not None:
+            return self.numbering(kwargs, cached)
+        places = torch.arange(inputs.shape[1], device=inputs.device) + cached  # [M]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = outer_mask
+        if not self.causal or mask is None:
+            return places[None]
+        if isinstance(cached, int) and mask.shape[1] < cached + inputs.shape[1]:
+            raise ValueError(
+                f"attention_mask must cover the {cached} cached and {inputs.shape[1]} new tokens, "
+                f"got {tuple(mask.shape)}"
+            )
+        mask = mask.to(inputs.device) != 0
+        if self.counts_mask:
+            return (mask.long().cumsum(dim=1) - 1).index_select(1, places).clamp(min=0)
+        # Left padding must not come between prefix and text; what is masked later keeps its place.
+        return (places - mask.int().argmax(dim=1, keepdim=True)).clamp(min=0)
+
+    def move(
+        self,
+        kwargs: dict[str, Any],
+        places: Tensor,
+        shift: int | Tensor,
+        cached: int | Tensor,
+    ) -> None:
+        """Have the text stand ``shift`` (an int, or ``[B, 1]``) further on, in this forward."""
+        self.moved, self.shift = places + shift, shift
+        if not self.takes_ids:
+            return  # a table of positions is hooked, and relative biases are distances
+        if self.numbering is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self.numbering(kwargs, cached + shift)
+        else:
+            kwargs["position_ids"] = self.moved
+
+    def table_hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a table that counts from the cache is read: count the prefix too."""
+        if self.moved is None:
+            return None
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given["past_key_values_length"] = given.get("past_key_values_length", 0) + self.shift
+        return (), given
+
+    def embedding_hook(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After a table of learned or sinusoidal positions was read: read it further on."""
+        if self.moved is None:
+            return None
+        return nn.functional.embedding(self.moved + getattr(module, "offset", 0), module.weight)
+
+    def forget(self) -> None:
+        """This forward moves nothing."""
+        self.moved, self.shift = None, 0
+
+    def bias(
+        self, module: nn.Module, places: Tensor, num_tokens: int, lengths: Tensor | None
+    ) -> Tensor:
+        """``[B or 1, H, M, P]``: the relative bias of prefix tokens that end where the text begins.
+
+        Args:
+            module: one of `biases`.
+            places: ``[B or 1, M]`` of the text, counted from 0.
+            num_tokens: ``P``.
+            lengths: ``[B]`` tokens in use, or None for ``P``.
+        """
+        owner: Any = module
+        token = torch.arange(num_tokens, device=places.device)
+        end = num_tokens if lengths is None else lengths[:, None, None]
+        relative = token - end - places[:, :, None]  # [B, M, P]
+        options = {}
+        if "bidirectional" in inspect.signature(owner._relative_position_bucket).parameters:
+            options = {
+                "bidirectional": not owner.is_decoder,
+                "num_buckets": owner.relative_attention_num_buckets,
+                "max_distance": owner.relative_attention_max_distance,
+            }
+        bucket = owner._relative_position_bucket(relative, **options)
+        bias: Tensor = owner.relative_attention_bias(bucket)  # [B, M, P, H]
+        return bias.permute(0, 3, 1, 2)
+
+    def check(self, places: Tensor, num_tokens: int, cached: int | Tensor, length: int) -> None:
+        """Raise where moved text would run off a learned position table."""
+        if self.table is None or torch.compiler.is_compiling() or isinstance(cached, Tensor):
+            return
+        first = 0 if self.numbering is None else self.numbering.first
+        if first + num_tokens + cached + length <= self.table:
+            return
+        last = int(places.max()) + num_tokens
+        if last >= self.table:
+            raise ValueError(
+                f"{self.kind} knows positions up to {self.table - 1}, but behind a prefix of "
+                f"{num_tokens} tokens the input reaches {last}"
+            )
+
+
+def _own_modules(stack: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The stack's modules, without those of other models inside it (towers for images or sound)."""
+    others = [m for m in stack.modules() if isinstance(m, PreTrainedModel) and m is not stack]
+    foreign = {module for other in others for module in other.modules()}
+    return [(name, m) for name, m in stack.named_modules() if m not in foreign]
+
+
+def _embeds_positions(name: str) -> bool:
+    leaf = name.rpartition(".")[2]
+    return leaf == "wpe" or "position_emb" in leaf or "embed_pos" in leaf
+
+
+def _table_size(stack: PreTrainedModel) -> int | None:
+    """The number of absolute positions that are known, where the stack has a table of them."""
+    for name, module in _own_modules(stack):
+        if isinstance(module, nn.Embedding) and _embeds_positions(name):
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+def _tables(stack: PreTrainedModel) -> list[nn.Module]:
+    """The modules that the stack has positions looked up by."""
+    found = []
+    for name, module in _own_modules(stack):
+        if _embeds_positions(name):
+            names = inspect.signature(type(module).forward).parameters
+            if isinstance(module, nn.Embedding) or "past_key_values_length" in names:
+                found.append(module)
+    return found
+
+
+class _Numbering:
+    """Positions as a model with a padding row in its table counts them (RoBERTa's family)."""
+
+    def __init__(self, embeddings: Any) -> None:
+        self.embeddings = embeddings
+        self.first = embeddings.padding_idx + 1
+
+    def __call__(self, inputs: dict[str, Any], past: int | Tensor) -> Tensor:
+        """``[B, M]`` behind ``past`` tokens; padding keeps its own row."""
+        owner, padding = self.embeddings, self.embeddings.padding_idx
+        if inputs.get("input_ids") is not None:
+            return owner.create_position_ids_from_input_ids(inputs["input_ids"], padding, past)
+        embeds = inputs["inputs_embeds"]
+        return owner.create_position_ids_from_inputs_embeds(embeds, padding) + past
+
+
+def _numbering(stack: PreTrainedModel) -> _Numbering | None:
+    for name, module in _own_modules(stack):
+        count = getattr(module, "create_position_ids_from_input_ids", None)
+        if count is None and not hasattr(module, "create_position_ids_from_inputs_embeds"):
+            continue
+        if _embeds_positions(name):
+            continue  # a table that counts for itself, and is told how far the text is moved
+        if count is None or "past_key_values_length" not in inspect.signature(count).parameters:
+            raise refusal(stack, f"{name} counts positions in a way that is not known here")
+        return _Numbering(module)
+    return None
+
+
+def _counts_mask(stack: PreTrainedModel) -> bool:
+    """Whether the model's positions count the mask, gaps included (OPT's family)."""
+    return any(
+        isinstance(module, nn.Embedding)
+        and "attention_mask" in inspect.signature(type(module).forward).parameters
+        for _, module in _own_modules(stack)
+    )

@@ -1,0 +1,63 @@
+"""Bringing a prefix to attention modules whose layer does not hand keywords on."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from torch import nn
+
+from prefixattn.integrations.carrier import KEYWORD, Carrier
+from prefixattn.integrations.derived import derive
+
+RELAYED = "prefixattn_carrier"
+"""The attribute of an attention module that holds the carrier while its layer runs."""
+
+SENDER = "prefixattn_sender"
+RECEIVERS = "prefixattn_receivers"
+
+
+class Sender(Protocol):
+    """Who knows the carrier of the forward that runs now."""
+
+    current: Carrier | None
+
+
+def relay(
+    layer: nn.Module, attentions: Sequence[nn.Module], sender: Sender | None, undo: ExitStack
+) -> None:
+    """Have ``layer`` lend its keyword to ``attentions`` whenever it runs.
+
+    Checkpointing runs a layer's forward again with the keywords of its first run, so that a
+    recomputation sees the same prefix, whatever has run in between.
+
+    Args:
+        layer: the module that is checkpointed, if any is.
+        attentions: modules inside it.
+        sender: where the keyword does not reach even ``layer``: who gives it to each call.
+        undo: learns how to take every step back.
+    """
+    for name, content in ((SENDER, sender), (RECEIVERS, list(attentions))):
+        setattr(layer, name, content)
+        undo.callback(delattr, layer, name)
+    undo.callback(derive(layer, _lends))
+
+
+def _lends(old: type) -> dict[str, Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sender = getattr(self, SENDER)
+        if sender is not None:
+            kwargs[KEYWORD] = sender.current
+        return old.__call__(self, *args, **kwargs)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        carrier = kwargs.pop(KEYWORD, None)
+        receivers = getattr(self, RECEIVERS)
+        for module in receivers:
+            setattr(module, RELAYED, carrier)
+        try:
+            return old.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            for module in receivers:
+                delattr(module, RELAYED)
+
+    return {"__call__": call, "forward": forward}

@@ -1,0 +1,142 @@
+"""Who sees whom, as `prefixattn.prefix_attention` takes it, from a mask and from places."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefixattn.integrations.carrier import Carrier, Entry, Slot, Span
+
+
+class Seat(NamedTuple):
+    """A module's own part of a carrier."""
+
+    carrier: Carrier
+    slot: Slot
+    span: Span
+    entry: Entry | None
+
+    @property
+    def counts_as_text(self) -> bool:
+        """Whether windows and chunks treat the prefix as text before the text."""
+        return self.carrier.options.prefix_in_window == "positions"
+
+    def once(self, name: str, like: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, made once per forward for all layers that see alike."""
+        if torch.compiler.is_compiling():  # which sees by itself what is computed twice
+            return make()
+        entry, slot, span = self.entry, self.slot, self.span
+        size = None if entry is None else (entry.key.shape[2], id(entry.lengths))
+        alike = (slot.window, slot.chunk, span.key_length, id(span.query_offset))
+        key = (name, id(like), size, alike)
+        if key not in self.carrier.kept:
+            self.carrier.kept[key] = (make(), like)  # the latter keeps its id from other use
+        return self.carrier.kept[key][0]
+
+
+def by_place(
+    query: Tensor, key: Tensor, mask: Tensor | None, seat: Seat | None, causal: bool
+) -> dict[str, Any]:
+    """Arguments where a key's place says whether it is seen, beside a padding mask ``[B, N]``."""
+    if seat is None:
+        arguments: dict[str, Any] = {"is_causal": causal}
+    else:
+        arguments = {
+            "is_causal": causal,
+            "window": seat.slot.window,
+            "query_offset": seat.span.query_offset,
+            "prefix_in_window": seat.carrier.options.prefix_in_window,
+        }
+        mask = None if seat.carrier.unpadded else mask
+    if mask is not None and mask.shape[-1] != key.shape[2]:
+        raise ValueError(
+            f"attention_mask must cover the {key.shape[2]} keys, got {tuple(mask.shape)}"
+        )
+    if seat is not None and seat.slot.chunk is not None:
+        return _in_chunks(query, key, mask, seat)
+    if mask is not None:
+        arguments["attn_mask"] = mask[:, None, None, :]
+        if seat is not None and seat.slot.window is not None:
+            arguments["key_start"] = seat.once("start", mask, lambda: _start(mask, key))
+    return arguments
+
+
+def by_mask(query: Tensor, mask: Tensor, seat: Seat | None, causal: bool) -> dict[str, Any]:
+    """Arguments where a mask ``[B, 1, M, N]`` rules the sequence half."""
+    arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": False}
+    if seat is None or seat.entry is None or not seat.counts_as_text:
+        return arguments
+    if seat.slot.chunk is not None:
+        raise NotImplementedError(
+            "layers that attend in chunks cannot follow a mask of their own (packed rows, a 4D "
+            'mask) behind a prefix that counts as text; prefix_in_window="visible" can'
+        )
+    window, entry = seat.slot.window, seat.entry
+    if window is not None:
+
+        def bias() -> Tensor:
+            distance = seat.carrier.positions.to(query.device)[:, None, :, None]
+            distance = distance - places_of(entry, query.device)
+            # transformers counts the far end in where a window has two sides.
+            return _hide(~(distance < window if causal else distance <= window), query)
+
+        arguments["prefix_bias"] = seat.once("window", None, bias)
+    return arguments
+
+
+def places_of(entry: Entry, device: torch.device) -> Tensor:
+    """``[B or 1, 1, 1, P]``: where prefix tokens stand, where the text begins at 0."""
+    token = torch.arange(entry.key.shape[2], device=device)
+    if entry.lengths is None:
+        return (token - entry.key.shape[2])[None, None, None]
+    lengths = entry.lengths.to(device)
+    if entry.index is not None:
+        lengths = lengths[entry.index.clamp(min=0)]
+    return token - lengths[:, None, None, None]
+
+
+def _start(mask: Tensor | None, key: Tensor) -> Tensor:
+    """``[B]``: the first real token of each row, where the prefix ends.
+
+    A sliding cache may have dropped it: then index 0 stands in, which no prefix token reaches
+    either.
+    """
+    assert mask is not None
+    return mask.int().argmax(dim=1).expand(key.shape[0])
+
+
+def _in_chunks(query: Tensor, key: Tensor, mask: Tensor | None, seat: Seat) -> dict[str, Any]:
+    """Arguments where the text is cut into chunks, from its first token or from the prefix's."""
+    chunk, entry, carrier = seat.slot.chunk, seat.entry, seat.carrier
+    assert chunk is not None
+    length, num_keys = query.shape[2], key.shape[2]
+    token = None if entry is None or not seat.counts_as_text else places_of(entry, query.device)
+    before = 0 if token is None else -token[..., :1]  # text tokens count from the prefix's first
+
+    def seen() -> Tensor:
+        text = carrier.positions.to(query.device)[:, None, :, None]  # [B or 1, 1, M, 1]
+        offset = seat.span.query_offset
+        last = (num_keys - length if offset is None else offset) + length - 1
+        place = torch.arange(num_keys, device=query.device) - last + text[:, :, -1:]
+        found = (place <= text) & (((place + before) // chunk) == ((text + before) // chunk))
+        return found if mask is None else found & mask[:, None, None, :]
+
+    arguments: dict[str, Any] = {
+        "attn_mask": seat.once("chunk", mask, seen),
+        "is_causal": False,
+    }
+    if token is not None:
+
+        def bias() -> Tensor:
+            text = carrier.positions.to(query.device)[:, None, :, None]
+            return _hide(((token + before) // chunk) != ((text + before) // chunk), query)
+
+        arguments["prefix_bias"] = seat.once("chunk prefix", None, bias)
+    return arguments
+
+
+def _hide(hidden: Tensor, like: Tensor) -> Tensor:
+    """Minus infinity where ``hidden``, else 0, in the dtype of ``like``."""
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where(hidden, -torch.inf, zero)

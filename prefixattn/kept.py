@@ -1,0 +1,64 @@
+"""What is computed from tensors, kept for as long as they hold the same numbers."""
+
+from collections.abc import Callable, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Seen(NamedTuple):
+    """What tells whether a tensor holds the same numbers as before, as autograd counts changes.
+
+    Changes through ``.data`` are not counted, here as there.
+    """
+
+    tensor: Tensor
+    version: int
+    place: int
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> "list[Seen] | None":
+        """One for each of ``tensors``. None: one of them does not count its changes."""
+        found = list(tensors)
+        if any(tensor.is_inference() for tensor in found):
+            return None
+        return [cls(tensor, tensor._version, tensor.data_ptr()) for tensor in found]
+
+
+def unchanged(now: list[Seen] | None, before: list[Seen] | None) -> bool:
+    """Whether the same tensors were seen both times, with the same numbers."""
+    if now is None or before is None or len(now) != len(before):
+        return False
+    return all(a.tensor is b.tensor and a[1:] == b[1:] for a, b in zip(now, before, strict=True))
+
+
+class Kept(Generic[T]):
+    """Keeps a result in inference, where it would be the same in every decoded token.
+
+    With gradients, and while compiling, it is computed each time; gradients let go of what was
+    kept, since a step of the optimizer follows.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[Seen] | None = None
+        self._result: T | None = None
+
+    def of(self, tensors: Iterable[Tensor], make: Callable[[], T]) -> T:
+        """The result of ``make``, which depends on ``tensors`` alone."""
+        if torch.compiler.is_compiling():
+            return make()
+        if torch.is_grad_enabled():
+            self._seen = self._result = None
+            return make()
+        now = Seen.of(tensors)
+        if self._result is None or not unchanged(now, self._seen):
+            with torch.inference_mode(False), torch.no_grad():
+                self._seen, self._result = now, make()
+        return self._result
+
+    def __getstate__(self) -> dict[str, None]:
+        """Copies and pickles need not hold what can be computed again."""
+        return {"_seen": None, "_result": None}
