@@ -12,12 +12,14 @@ T = TypeVar("T")
 class Seen(NamedTuple):
     """What tells whether a tensor holds the same numbers as before, as autograd counts changes.
 
-    Changes through ``.data`` are not counted, here as there.
+    A view is known by its base, since views are made anew. Changes through ``.data`` are not
+    counted, here as in autograd.
     """
 
     tensor: Tensor
     version: int
     place: int
+    shape: torch.Size
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "list[Seen] | None":
@@ -25,7 +27,15 @@ class Seen(NamedTuple):
         found = list(tensors)
         if any(tensor.is_inference() for tensor in found):
             return None
-        return [cls(tensor, tensor._version, tensor.data_ptr()) for tensor in found]
+        return [
+            cls(
+                tensor if tensor._base is None else tensor._base,
+                tensor._version,
+                tensor.data_ptr(),
+                tensor.shape,
+            )
+            for tensor in found
+        ]
 
 
 def unchanged(now: list[Seen] | None, before: list[Seen] | None) -> bool:

@@ -18,7 +18,7 @@ def attach(
     prefix: "nn.Module | None" = None,
     *,
     prefix_in_window: Literal["positions", "visible"] = "positions",
-    positions: Literal["shift", "keep"] = "shift",
+    positions: Literal["shift", "keep"] | None = None,
     implementation: str = "auto",
 ) -> "Handle":
     """Give ``model`` a prefix, in place; its KV cache goes on holding sequence tokens only.
@@ -29,18 +29,23 @@ def attach(
     tokens is run, in evaluation mode and without gradients.
 
     Args:
-        model: a transformers model whose layers go through transformers' attention interface, or
-            a ``PeftModel`` with a PREFIX_TUNING or CARTRIDGE adapter.
-        prefix: a `Prefix`. It is moved to the model's device and registered as the submodule
+        model: a transformers model whose layers go through transformers' attention interface (or
+            which we have taught to: Bloom, Falcon), or a ``PeftModel`` with a PREFIX_TUNING or
+            CARTRIDGE adapter.
+        prefix: a `Prefix` of any kind, a `PrefixBank` or an `ExternalPrefix`; for an
+            encoder-decoder an `EncoderDecoderPrefix`, or any of these for the decoder's own
+            attention. It is moved to the model's device and registered as the submodule
             ``model.prefixattn``, so that optimizers, ``to(device)`` and DDP see it. What is
             trainable stays so: to train the prefix alone, freeze the model before attaching; and
             add LoRA before attaching, for PEFT freezes all that it finds. None for a
             ``PeftModel`` with a prefix of its own.
         prefix_in_window: on sliding-window layers, ``"positions"``: prefix token ``j`` of ``P``
             stands ``P - j`` places before the text and leaves the window like text (PEFT);
-            ``"visible"``: every query sees the whole prefix.
+            ``"visible"``: every query sees the whole prefix. The same holds for layers that attend
+            in chunks.
         positions: ``"shift"``: the text begins at position ``P`` (PEFT, Cartridges); ``"keep"``:
-            positions are what they are without a prefix. In a causal model, unless
+            positions are what they are without a prefix (AdapterHub, LLaMA-Adapter). None:
+            ``"keep"`` for a `GatedPrefix`, else ``"shift"``. In a causal model, unless
             ``position_ids`` are passed, the text begins behind its left padding: it never comes
             between prefix and text.
         implementation: of `prefixattn.prefix_attention`.
@@ -56,6 +61,8 @@ def attach(
     from prefixattn.integrations.carrier import Options
     from prefixattn.integrations.handle import attach_prefix
 
+    if positions is None:
+        positions = "keep" if getattr(prefix, "kind", None) == "gated" else "shift"
     options = Options(prefix_in_window, positions, implementation)
     return attach_prefix(model, prefix, options)
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefixattn.integrations.carrier import Entry
+from prefixattn.kept import Kept
 from prefixattn.layers import PrefixBatch
 
 
@@ -59,24 +59,18 @@ class Rows:
 
 
 class Entries:
-    """Casts a batch's tensors to the dtype that the layers compute in.
-
-    Without gradients the result is kept until the tensors or their numbers change: a decoded token
-    builds nothing.
-    """
+    """Casts a batch's tensors to the dtype that the layers compute in, once for all tokens."""
 
     def __init__(self) -> None:
-        self._seen: list[_Seen] = []
-        self._kept: list[tuple[Tensor, Tensor] | None] = []
+        self._kept: Kept[list[tuple[Tensor, Tensor] | None]] = Kept()
         self._dtype: torch.dtype | None = None
 
     def of(self, batch: PrefixBatch, dtype: torch.dtype, rows: Rows) -> list[Entry | None]:
         """One entry per layer, None where a layer has none."""
-        pairs = self._cast(batch.pairs, dtype)
-        gates = batch.gates or [None] * len(pairs)
+        gates = batch.gates or [None] * len(batch.pairs)
         return [
             None if pair is None else Entry(*pair, rows.index, batch.lengths, gate)
-            for pair, gate in zip(pairs, gates, strict=True)
+            for pair, gate in zip(self._cast(batch.pairs, dtype), gates, strict=True)
         ]
 
     def _cast(
@@ -85,36 +79,9 @@ class Entries:
         tensors = [x for pair in pairs if pair for x in pair]
         if all(x.dtype == dtype for x in tensors):
             return pairs
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs]
-        if any(x.is_inference() for x in tensors):  # they do not count their changes
-            return [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs]
-        seen = [_Seen.of(x) for x in tensors]
-        if self._dtype != dtype or not _same(seen, self._seen):
-            self._seen, self._dtype = seen, dtype
-            self._kept = [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs]
-        return self._kept
-
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles of a model need not hold what can be made again."""
-        return {"_seen": [], "_kept": [], "_dtype": None}
-
-
-class _Seen(NamedTuple):
-    """What tells whether a tensor holds the same numbers as before; views are made anew."""
-
-    owner: Tensor
-    version: int
-    place: int
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Seen":
-        owner = tensor if tensor._base is None else tensor._base
-        return cls(owner, owner._version, tensor.data_ptr(), tensor.shape)
-
-
-def _same(some: Sequence[_Seen], others: Sequence[_Seen]) -> bool:
-    return len(some) == len(others) and all(
-        a.owner is b.owner and a[1:] == b[1:] for a, b in zip(some, others, strict=True)
-    )
+        if dtype != self._dtype:
+            self._kept, self._dtype = Kept(), dtype
+        return self._kept.of(
+            tensors,
+            lambda: [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs],
+        )

@@ -23,8 +23,7 @@ from prefixattn.integrations.survey import (
     survey,
 )
 from prefixattn.integrations.transformers import NAME, register
-from prefixattn.layers import LayerShape, PrefixBatch
-from prefixattn.prefix import Prefix
+from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource
 
 SUBMODULE = "prefixattn"
 
@@ -74,13 +73,13 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
             if prefix is not None:
                 raise ValueError("prefix must be None for a PeftModel that brings its own")
             return attach_peft(model, options)
-    if not isinstance(prefix, Prefix | EncoderDecoderPrefix):
+    if not isinstance(prefix, PrefixSource | EncoderDecoderPrefix):
         raise TypeError(f"prefix must be a prefixattn.Prefix, got a {type(prefix).__name__}")
     target = check_model(model)
     if hasattr(target, SUBMODULE):
         raise ValueError(f"{type(target).__name__} already has a submodule named {SUBMODULE!r}")
     sites = survey(target)
-    parts: dict[str, Prefix] = _parts(target, prefix)
+    parts = _parts(target, prefix)
     for part, own in parts.items():
         check_shapes(own, own_sites(sites, part), part)
     with ExitStack() as undo:
@@ -103,10 +102,11 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
         return Handle(model, prefix, undo.pop_all())
 
 
-def _parts(model: PreTrainedModel, prefix: nn.Module) -> dict[str, Prefix]:
+def _parts(
+    model: PreTrainedModel, prefix: PrefixSource | EncoderDecoderPrefix
+) -> dict[str, PrefixSource]:
     """Which layers of ``model`` get which prefix."""
     if not isinstance(prefix, EncoderDecoderPrefix):
-        assert isinstance(prefix, Prefix)
         return {"decoder" if model.config.is_encoder_decoder else "self": prefix}
     if not model.config.is_encoder_decoder:
         raise ValueError(
@@ -246,6 +246,13 @@ def check_shapes(prefix: Any, sites: list[Site], part: str = "self") -> None:
             raise ValueError(
                 f"prefix{where} layer {site.slot} must be {site.layer_shape} for {site.name}, got "
                 f"{shape}"
+            )
+    gates: list[int | None] = getattr(prefix, "num_heads", [])
+    for heads, site in zip(gates, sites, strict=False):
+        if heads is not None and heads != site.num_heads:
+            raise ValueError(
+                f"prefix{where} layer {site.slot} must have a gate for each of the "
+                f"{site.num_heads} query heads of {site.name}, got {heads}"
             )
 
 
