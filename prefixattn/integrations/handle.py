@@ -92,11 +92,14 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
         }
         install(target, sites, sources, options, undo)
         if target is not model:
-            warnings.warn(
-                f"the files of this {type(model).__name__} do not hold the prefix: save and load "
-                "it by Prefix.save_pretrained and from_pretrained",
-                stacklevel=3,
-            )
+            from prefixattn.integrations.beside import keep_beside
+
+            if not keep_beside(model, prefix, undo):
+                warnings.warn(
+                    f"the files of this {type(model).__name__} do not hold the prefix: save and "
+                    f"load it by {type(prefix).__name__}.save_pretrained and from_pretrained",
+                    stacklevel=3,
+                )
         for part, own in parts.items():
             warn_of_dead_tokens(own.num_tokens, own_sites(sites, part), options, stacklevel=4)
         return Handle(model, prefix, undo.pop_all())

@@ -218,12 +218,80 @@ def test_lora_beside_a_prefix(llama: Any, attach: Any, model_of: Any) -> None:
     prefix = Prefix.from_text(llama.model, llama.text)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     lora = peft.get_peft_model(llama.model, config).double().eval()
-    with pytest.warns(UserWarning, match="do not hold the prefix"):
-        handle = attach(lora, prefix)
+    kind = type(lora)
+    handle = attach(lora, prefix)
     llama.assert_close(lora(input_ids=llama.input_ids).logits)  # LoRA starts at nothing
     assert prefix.keys[0].requires_grad
     handle.detach()
     torch.testing.assert_close(lora(input_ids=llama.input_ids).logits, llama.plain)
+    assert type(lora) is kind
+
+
+def test_lora_and_prefix_train_and_are_saved_in_one_folder(
+    llama: Any, attach: Any, model_of: Any, tmp_path: Path
+) -> None:
+    """PEFT reads the folder as a LoRA adapter, and its subfolder as one of prefix tuning."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    lora = peft.get_peft_model(llama.model, config).double().train()
+    prefix = Prefix.from_text(model_of("llama"), llama.text)
+    attach(lora, prefix)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    assert {id(p) for p in prefix.parameters()} < {id(p) for p in trained}
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    inputs = {"input_ids": llama.input_ids, "labels": llama.input_ids}
+    for _ in range(2):  # LoRA's A matrices have a gradient from the second step on
+        optimizer.zero_grad()
+        lora(**inputs).loss.backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimizer.step()
+    expected = lora.eval()(**inputs).logits
+    lora.save_pretrained(str(tmp_path))
+
+    again = peft.PeftModel.from_pretrained(model_of("llama"), str(tmp_path)).double().eval()
+    handle = attach(again, Prefix.from_pretrained(tmp_path / "prefix"))
+    torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-6, atol=1e-6)
+    handle.detach()
+    nested = peft.PeftModel.from_pretrained(again, str(tmp_path / "prefix")).double().eval()
+    stock = nested(**inputs).logits  # PEFT alone, one adapter around the other
+    torch.testing.assert_close(stock, expected, rtol=0, atol=1e-4)
+
+    resumed = peft.get_peft_model(model_of("llama"), config).double()
+    attach(resumed, Prefix.zeros(model_of("llama"), prefix.num_tokens))
+    resumed.load_adapter(str(tmp_path), "default", is_trainable=True)  # as Trainer does
+    resumed.load_adapter(str(tmp_path / "prefix"), "prefix")
+    torch.testing.assert_close(
+        resumed.double().eval()(**inputs).logits, expected, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16
+        ),
+    ],
+    ids=["prompt tuning", "p-tuning"],
+)
+def test_prompt_learning_of_peft_with_a_prefix(
+    llama: Any, attach: Any, model_of: Any, config: Any
+) -> None:
+    """PEFT's virtual tokens are text to us: they stand behind the prefix, and all of it trains."""
+    prefix = Prefix.from_text(llama.model, llama.text)
+    attach(llama.model, prefix)
+    prompted = peft.get_peft_model(llama.model, config).double()
+    prefix.requires_grad_(True)  # PEFT freezes all that it finds
+    out = prompted(input_ids=llama.input_ids, labels=llama.input_ids)
+    out.loss.backward()
+    learned = [p for p in prompted.prompt_encoder.parameters() if p.requires_grad]
+    for parameter in [*learned, *prefix.parameters()]:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+    plain, embed = model_of("llama"), llama.model.get_input_embeddings()
+    text = [embed(llama.text.expand(2, -1)), prompted.get_prompt(2), embed(llama.input_ids)]
+    expected = plain(inputs_embeds=torch.cat(text, dim=1)).logits[:, llama.text.shape[1] :]
+    torch.testing.assert_close(out.logits, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_a_warning_of_tokens_out_of_reach(case: Callable[..., Any], attach: Any) -> None:
