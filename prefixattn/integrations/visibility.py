@@ -39,15 +39,12 @@ def by_place(
     query: Tensor, key: Tensor, mask: Tensor | None, seat: Seat | None, causal: bool
 ) -> dict[str, Any]:
     """Arguments where a key's place says whether it is seen, beside a padding mask ``[B, N]``."""
-    if seat is None:
-        arguments: dict[str, Any] = {"is_causal": causal}
-    else:
-        arguments = {
-            "is_causal": causal,
-            "window": seat.slot.window,
-            "query_offset": seat.span.query_offset,
-            "prefix_in_window": seat.carrier.options.prefix_in_window,
-        }
+    arguments: dict[str, Any] = {"is_causal": causal}
+    if seat is not None:
+        arguments["query_offset"] = seat.span.query_offset
+        if seat.slot.window is not None:  # else a plain call, which has a short way
+            arguments["window"] = seat.slot.window
+            arguments["prefix_in_window"] = seat.carrier.options.prefix_in_window
         mask = None if seat.carrier.unpadded else mask
     if mask is not None and mask.shape[-1] != key.shape[2]:
         raise ValueError(

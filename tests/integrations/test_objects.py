@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
-from prefixattn.prefix import Prefix
+from prefixattn import Prefix, PrefixBank
 
 
 @pytest.fixture
@@ -83,3 +85,38 @@ def test_positions_counted_in_an_unknown_way_are_refused(attach: Any) -> None:
     with pytest.raises(NotImplementedError, match="counts positions in a way"):
         attach(model, Prefix.zeros(model, 5))
     assert not hasattr(model, "prefixattn")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["peft", "bloom", "falcon", "nemotron", "bank"])
+def test_copies_and_pickles(
+    case: Callable[..., Any], attach: Any, kind: str, tmp_path: Path
+) -> None:
+    """Objects whose class we replaced, and those that hold our hooks, are made again whole."""
+    found = case(kind if kind in ("bloom", "falcon", "nemotron") else "llama")
+    model = found.model
+    if kind == "peft":
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        model = peft.get_peft_model(model, config).double().eval()
+        torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight)
+        handle = attach(model)
+    elif kind == "bank":
+        handle = attach(model, PrefixBank([found.prefix()]))
+    else:
+        handle = attach(model, found.prefix())
+
+    def logits(some: Any) -> Tensor:
+        if kind != "bank":
+            return some(input_ids=found.input_ids).logits
+        with some.prefixattn.use([0, 0]):
+            return some(input_ids=found.input_ids).logits
+
+    expected = logits(model)
+    assert (expected - found.plain).abs().max() > 1e-3
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), again):
+        assert type(other).__name__ == type(model).__name__
+        torch.testing.assert_close(logits(other), expected)
+    handle.detach()
+    torch.testing.assert_close(logits(again), expected)
