@@ -115,7 +115,7 @@ def prefix_attention(
         known = type(return_lse) is bool and type(implementation) is str
         known = known and (scale is None or type(scale) is float)
         if known and quick.takes(*tensors):
-            run = quick.run_for(*tensors, options, _prepare)
+            run = quick.run_for(*tensors, options, _prepare_plain)
             if run is not None:
                 if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                     fields = dict(zip(TENSORS, tensors, strict=True))
@@ -141,18 +141,72 @@ def _prepare(
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    is_causal: bool,
-    scale: float | None,
+    *,
     implementation: str,
+    **options: Any,
 ) -> quick.Run | None:
     """The short way of calls like this one, if it is the C++ kernels that would run."""
-    tensors = (query, key, value, prefix_key, prefix_value)
-    problem = make_problem(*tensors, is_causal=is_causal, scale=scale)
-    if choose(implementation, problem) != "cpu":
+    problem = make_problem(query, key, value, prefix_key, prefix_value, **options)
+    plain = problem.prefix_gate is None and problem.dropout_p == 0
+    if not plain or choose(implementation, problem) != "cpu":
         return None
     from prefixattn.cpu import Prepared
 
     return Prepared(problem)
+
+
+def _prepare_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    implementation: str,
+) -> quick.Run | None:
+    tensors = (query, key, value, prefix_key, prefix_value)
+    return _prepare(*tensors, implementation=implementation, is_causal=is_causal, scale=scale)
+
+
+class Repeated:
+    """`prefix_attention` for calls that differ in their five tensors alone: a forward's layers.
+
+    Where no gradients are computed, what such calls have in common is checked and prepared once.
+    The other tensors must stay as they are for as long as this object is used.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[object, quick.Run | None] = {}
+        self._alive: list[object] = []  # so that no other tensor gets the id of one of these
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        **arguments: Any,
+    ) -> Tensor:
+        """As `prefix_attention`."""
+        tensors = (query, key, value, prefix_key, prefix_value)
+        run = None
+        if not torch.is_grad_enabled() and quick.takes(*tensors):
+
+            def prepare(*_: object) -> quick.Run | None:
+                self._alive.append(arguments)
+                return _prepare(*tensors, **arguments)
+
+            given = tuple(
+                (name, id(x) if isinstance(x, Tensor) else x) for name, x in arguments.items()
+            )
+            run = quick.run_for(*tensors, given, prepare, self._runs)
+        if run is None:
+            out = prefix_attention(*tensors, **arguments)
+            assert isinstance(out, Tensor)  # and not the pair that return_lse gives
+            return out
+        return run(*tensors, with_lse=False)[0]
 
 
 def explain(*args: Any, **kwargs: Any) -> str:

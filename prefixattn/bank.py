@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.gated import GatedPrefix
-from prefixattn.kept import Seen
 from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource, check_count, spread
 from prefixattn.prefix import Prefix
 from prefixattn.stored import CONFIG_FILE, StoredPrefix
@@ -294,8 +293,6 @@ class PrefixBank(PrefixSource):
         finally:
             self._uses.remove(use)
             self._ready = before
-            if before is not None and self._uses[-1].tables is not self._tables.pairs:
-                self._ready = self._prepared(self._uses[-1])  # they grew, with its entries in them
 
     def _trains(self, use: _Use) -> bool:
         """Whether all that is in use will be taken from modules, with gradients."""
@@ -308,16 +305,18 @@ class PrefixBank(PrefixSource):
         found: Any = self.members._modules.get(str(place))
         return found
 
-    def _seen(self, entry: Entry) -> list[Seen] | None:
-        """What tells whether the numbers of an entry change; those of files do not."""
-        modules = [m for m in map(self._module, entry) if m is not None]
-        return Seen.of(x for m in modules for x in [*m.parameters(), *m.buffers()])
+    def _tensors(self, entry: Entry) -> list[Tensor]:
+        """What the numbers of an entry depend on; those out of files do not change."""
+        roots = [m for m in map(self._module, entry) if m is not None]
+        # Each decoded token asks for this: parameters() and buffers() would take twice as long.
+        tables = [t for r in roots for m in r.modules() for t in (m._parameters, m._buffers)]
+        return [x for table in tables for x in table.values() if x is not None]
 
     def _current(self, use: _Use) -> bool:
         """Whether the tables still hold what is in use."""
         if use.tables is not self._tables.pairs:
             return False
-        return all(self._tables.holds(entry, self._seen(entry)) for entry in use.entries)
+        return all(self._tables.holds(entry, self._tensors(entry)) for entry in use.entries)
 
     def _prepared(self, use: _Use) -> PrefixBatch:
         """The tables, with all that is in use in them."""
@@ -325,9 +324,9 @@ class PrefixBank(PrefixSource):
         shapes = [shape for shape in self._layer_shapes if shape is not None]
         self._tables.reserve(shapes, max(1, len(entries)), self.num_tokens, self._like)
         for entry in entries:
-            seen = self._seen(entry)
-            if not self._tables.holds(entry, seen):
-                self._tables.put(entry, entries, seen, self._read)
+            tensors = self._tensors(entry)
+            if not self._tables.holds(entry, tensors):
+                self._tables.put(entry, entries, tensors, self._read)
             self._tables.touch(entry)
         use.tables = self._tables.pairs
         return self._batch_of(use, self._tables.pairs, self._tables.slots, self._tables.lengths)

@@ -154,7 +154,12 @@ def _gated_backward(
 def _call(
     function: str, problem: Problem, out: Tensor, lse: Tensor, backward: tuple[int, ...]
 ) -> None:
-    p = problem
+    vectors = _vectors(problem)
+    _run(function, _record(problem, vectors, _tensor(out), lse.data_ptr(), backward))
+
+
+def _vectors(p: Problem) -> list[Tensor | None]:
+    """The arguments by row and by head, in the record's order and dtypes."""
     offsets = None if p.query_offsets is None else p.query_offsets.expand(p.rows)
     packing = (p.cu_seqlens_q, p.cu_seqlens_k, offsets, p.dropout_seed)
     rows = [
@@ -162,13 +167,12 @@ def _call(
         for x in (p.prefix_index, p.prefix_lengths, p.key_start, p.key_length, *packing)
     ]
     heads = [None if x is None else x.double().contiguous() for x in (p.sinks, p.alibi_slopes)]
-    vectors = [0 if x is None else x.data_ptr() for x in (*rows, *heads)]
-    _run(function, _record(p, vectors, _tensor(out), lse.data_ptr(), backward))
+    return [*rows, *heads]
 
 
 def _record(
     p: Problem,
-    vectors: Iterable[int],
+    vectors: Iterable[Tensor | None],
     out: tuple[int, ...],
     lse: int,
     backward: tuple[int, ...],
@@ -184,7 +188,7 @@ def _record(
         p.query_offset is not None,
         p.query_offset or 0,
         *(p.scale, p.softcap or 0.0, p.dropout_p),
-        *vectors,
+        *(0 if x is None else x.data_ptr() for x in vectors),
         *_joined(_tensor(getattr(p, name)) for name in TENSORS),
         *out,
         lse,
@@ -202,12 +206,14 @@ def _run(function: str, record: bytes) -> None:
 class Prepared:
     """A forward of five tensors whose checks and record were made once for all calls like it.
 
-    It is for calls without vectors, biases and dropout, where nothing but addresses changes.
+    It is for calls without gate and dropout. What other tensors hold is read from them in each
+    call, or was copied from them at the start.
     """
 
     def __init__(self, problem: Problem) -> None:
         out, lse = problem.empty_output()
-        record = _record(problem, [0] * 10, _tensor(out), 0, NO_BACKWARD)
+        self._vectors = _vectors(problem)  # the record has their addresses
+        record = _record(problem, self._vectors, _tensor(out), 0, NO_BACKWARD)
         self.problem = problem.but(**dict.fromkeys(TENSORS))
         self._pieces = PIECES.unpack(record)
         self._out, self._lse = (out.shape, out.stride()), (lse.shape, lse.dtype)

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prefixattn.bank import PrefixBank
 from prefixattn.files import read_json, write_json
+from prefixattn.layers import PrefixSource
 from prefixattn.prefix import Prefix
+from prefixattn.stored import CONFIG_FILE as PREFIX_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,21 +29,23 @@ class EncoderDecoderPrefix(nn.Module):
         decoder: beside the target text.
         cross: beside what the encoder made of the source; it has no places.
 
+    Each may be of any kind: a `Prefix`, a `PrefixBank`, an `ExternalPrefix`.
+
     Raises:
         ValueError: no part was given.
-        TypeError: a part is no `Prefix`.
+        TypeError: a part is no prefix.
     """
 
     def __init__(
         self,
-        encoder: Prefix | None = None,
-        decoder: Prefix | None = None,
-        cross: Prefix | None = None,
+        encoder: PrefixSource | None = None,
+        decoder: PrefixSource | None = None,
+        cross: PrefixSource | None = None,
     ) -> None:
         super().__init__()
         given = {"encoder": encoder, "decoder": decoder, "cross": cross}
         for name, prefix in given.items():
-            if prefix is not None and not isinstance(prefix, Prefix):
+            if prefix is not None and not isinstance(prefix, PrefixSource):
                 raise TypeError(f"{name} must be a Prefix, got a {type(prefix).__name__}")
             if prefix is not None:
                 self.add_module(name, prefix)
@@ -48,9 +53,9 @@ class EncoderDecoderPrefix(nn.Module):
             raise ValueError(f"one of {', '.join(PARTS)} must be given, got none")
 
     @property
-    def parts(self) -> dict[str, Prefix]:
+    def parts(self) -> dict[str, PrefixSource]:
         """The prefixes that there are, by part."""
-        return {name: p for name, p in self.named_children() if isinstance(p, Prefix)}
+        return {name: p for name, p in self.named_children() if isinstance(p, PrefixSource)}
 
     @classmethod
     def random(
@@ -93,10 +98,18 @@ class EncoderDecoderPrefix(nn.Module):
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write each part into a folder of its own below ``path``."""
+        """Write each part into a folder of its own below ``path``.
+
+        Raises:
+            TypeError: a part that has nothing to save, an `ExternalPrefix`.
+        """
         folder = Path(path)
         for name, prefix in self.parts.items():
-            prefix.save_pretrained(folder / name)
+            if not isinstance(prefix, Prefix | PrefixBank):
+                raise TypeError(f"{name} is a {type(prefix).__name__}, which cannot be saved")
+        for name, prefix in self.parts.items():
+            if isinstance(prefix, Prefix | PrefixBank):
+                prefix.save_pretrained(folder / name)
         write_json(folder / CONFIG_FILE, {"format": "prefixattn", "parts": sorted(self.parts)})
 
     @classmethod
@@ -111,4 +124,11 @@ class EncoderDecoderPrefix(nn.Module):
         names = read_json(folder / CONFIG_FILE).get("parts")
         if not isinstance(names, list) or not names or any(n not in PARTS for n in names):
             raise ValueError(f"{folder / CONFIG_FILE}: parts must be some of {PARTS}, got {names}")
-        return cls(**{name: Prefix.from_pretrained(folder / name) for name in names})
+        return cls(**{name: _read(folder / name) for name in names})
+
+
+def _read(folder: Path) -> Prefix | PrefixBank:
+    """A prefix, or a bank: a folder of them."""
+    if (folder / PREFIX_FILE).is_file() or not list(folder.glob(f"*/{PREFIX_FILE}")):
+        return Prefix.from_pretrained(folder)
+    return PrefixBank.from_folder(folder)

@@ -1,6 +1,6 @@
 """What is computed from tensors, kept for as long as they hold the same numbers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,10 +22,9 @@ class Seen(NamedTuple):
     shape: torch.Size
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> "list[Seen] | None":
+    def of(cls, tensors: Sequence[Tensor]) -> "list[Seen] | None":
         """One for each of ``tensors``. None: one of them does not count its changes."""
-        found = list(tensors)
-        if any(tensor.is_inference() for tensor in found):
+        if any(tensor.is_inference() for tensor in tensors):
             return None
         return [
             cls(
@@ -34,15 +33,24 @@ class Seen(NamedTuple):
                 tensor.data_ptr(),
                 tensor.shape,
             )
-            for tensor in found
+            for tensor in tensors
         ]
 
 
-def unchanged(now: list[Seen] | None, before: list[Seen] | None) -> bool:
-    """Whether the same tensors were seen both times, with the same numbers."""
-    if now is None or before is None or len(now) != len(before):
+def unchanged(tensors: Sequence[Tensor], before: list[Seen] | None) -> bool:
+    """Whether ``tensors`` are those seen ``before``, with the same numbers.
+
+    Each decoded token asks this of every layer: it makes no objects.
+    """
+    if before is None or len(tensors) != len(before):
         return False
-    return all(a.tensor is b.tensor and a[1:] == b[1:] for a, b in zip(now, before, strict=True))
+    for tensor, seen in zip(tensors, before, strict=True):
+        owner = tensor if tensor._base is None else tensor._base
+        if owner is not seen.tensor or tensor._version != seen.version:
+            return False
+        if tensor.data_ptr() != seen.place or tensor.shape != seen.shape:
+            return False
+    return True
 
 
 class Kept(Generic[T]):
@@ -56,17 +64,16 @@ class Kept(Generic[T]):
         self._seen: list[Seen] | None = None
         self._result: T | None = None
 
-    def of(self, tensors: Iterable[Tensor], make: Callable[[], T]) -> T:
+    def of(self, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
         """The result of ``make``, which depends on ``tensors`` alone."""
         if torch.compiler.is_compiling():
             return make()
         if torch.is_grad_enabled():
             self._seen = self._result = None
             return make()
-        now = Seen.of(tensors)
-        if self._result is None or not unchanged(now, self._seen):
+        if self._result is None or not unchanged(tensors, self._seen):
             with torch.inference_mode(False), torch.no_grad():
-                self._seen, self._result = now, make()
+                self._seen, self._result = Seen.of(tensors), make()
         return self._result
 
     def __getstate__(self) -> dict[str, None]:

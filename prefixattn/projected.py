@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from prefixattn.files import read_number
+from prefixattn.files import check_floating, read_number
 from prefixattn.initialise import Start, places_in
 from prefixattn.layers import LayerShape, Training, check_count, split_layers
 from prefixattn.prefix import Prefix
-from prefixattn.stored import CONFIG_FILE, StoredPrefix
+from prefixattn.stored import CONFIG_FILE, TENSORS_FILE, StoredPrefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,8 +138,9 @@ class ProjectedPrefix(Prefix, kind="projected"):
         options = stored.options()
         if options.pop("num_frozen_tokens"):
             raise ValueError(f"{source}: a projected prefix has no frozen tokens")
-        stored.pairs()  # a damaged file is refused, though the network computes them again
         own = {name.removeprefix(OWN): tensor for name, tensor in stored.others().items()}
+        for name, tensor in own.items():
+            check_floating(f"{OWN}{name}", tensor, stored.folder / TENSORS_FILE)
         expected = {
             "embedding.weight": (stored.num_tokens, embedding_dim),
             "transform.0.weight": (hidden_dim, embedding_dim),

@@ -73,18 +73,23 @@ def run_for(
     pv: Tensor,
     options: tuple[object, ...],
     prepare: Callable[..., Run | None],
+    runs: dict[object, Run | None] | None = None,
 ) -> Run | None:
-    """What `prepare(q, ..., *options)` returned for such tensors; None: they have no short way."""
+    """What `prepare(q, ..., *options)` returned for such tensors; None: they have no short way.
+
+    `runs` is where it is kept: for all calls, or for those of the caller.
+    """
+    runs = _runs if runs is None else runs
     kinds = (
         (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype),
         (pk.shape, pk.stride(), pk.dtype, pv.shape, pv.stride(), pv.dtype),
         options,
     )
-    if kinds not in _runs:
-        if len(_runs) >= MOST:
-            _runs.clear()
-        _runs[kinds] = prepare(q, k, v, pk, pv, *options)
-    return _runs.get(kinds)
+    if kinds not in runs:
+        if len(runs) >= MOST:
+            runs.clear()
+        runs[kinds] = prepare(q, k, v, pk, pv, *options)
+    return runs.get(kinds)
 
 
 def forget() -> None:

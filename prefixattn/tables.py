@@ -56,38 +56,37 @@ class Tables:
             ValueError: they take more than the budget.
         """
         have, longest = self.shape
-        tokens = max(longest, num_tokens)
-        if have >= num_slots and longest >= tokens:
+        if have >= num_slots and longest >= num_tokens:
             return
-        slot_bytes = sum(shape.width for shape in shapes) * tokens * like.element_size()
+        slot_bytes = sum(shape.width for shape in shapes) * num_tokens * like.element_size()
         slots = max(have, self.capacity, num_slots)
         if self.budget_bytes is not None:
             slots = min(slots, self.budget_bytes // slot_bytes)
             if slots < num_slots:
                 raise ValueError(
                     f"the {num_slots} entries in use need {num_slots * slot_bytes} bytes in slots "
-                    f"of {tokens} tokens, more than budget_bytes = {self.budget_bytes}"
+                    f"of {num_tokens} tokens, more than budget_bytes = {self.budget_bytes}"
                 )
         self.clear()
         with torch.inference_mode(False):  # a later change must be allowed anywhere
             self.pairs = [
                 (
-                    like.new_zeros(slots, shape.num_heads, tokens, shape.key_dim),
-                    like.new_zeros(slots, shape.num_heads, tokens, shape.value_dim),
+                    like.new_zeros(slots, shape.num_heads, num_tokens, shape.key_dim),
+                    like.new_zeros(slots, shape.num_heads, num_tokens, shape.value_dim),
                 )
                 for shape in shapes
             ]
             self.lengths = torch.zeros(slots, dtype=torch.long, device=like.device)
 
-    def holds(self, entry: Entry, seen: list[Seen] | None) -> bool:
-        """Whether ``entry`` has a slot that was filled from tensors as they were ``seen`` now."""
-        return entry in self.slots and unchanged(seen, self.seen[entry])
+    def holds(self, entry: Entry, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``entry`` has a slot, filled from ``tensors`` as they are now."""
+        return entry in self.slots and unchanged(tensors, self.seen[entry])
 
     def put(
         self,
         entry: Entry,
         in_use: Collection[Entry],
-        seen: list[Seen] | None,
+        tensors: Sequence[Tensor],
         read: Callable[[int], Pairs],
     ) -> None:
         """Fill a slot with ``entry``; there must be room beside those ``in_use``.
@@ -95,7 +94,7 @@ class Tables:
         Args:
             entry: its members' tokens follow one another.
             in_use: entries whose slots must stay.
-            seen: the tensors that ``read`` depends on.
+            tensors: what ``read`` depends on, where that may change.
             read: the tensors of one member.
         """
         slot = self.slots.pop(entry, None)
@@ -110,7 +109,7 @@ class Tables:
                     for tensor, whole in zip(pair, table, strict=True):
                         whole[slot, :, start:end].copy_(tensor)
             self.lengths[slot] = end
-        self.slots[entry], self.seen[entry] = slot, seen
+        self.slots[entry], self.seen[entry] = slot, Seen.of(tensors)
 
     def doubt(self, members: Collection[int]) -> None:
         """Fill anew what holds ``members`` when it is next used: they may be about to train."""

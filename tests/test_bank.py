@@ -184,6 +184,22 @@ def test_a_step_of_training_shows_in_inference(members: list[Prefix]) -> None:
         optimizer.step()
         with torch.no_grad():
             after = attend(bank.batch(), 1)
+            members[0].keys[0].data.zero_()  # which nothing counts, as after some training steps
+        attend(bank.batch(), 1)
+        with torch.no_grad():
+            last = attend(bank.batch(), 1)
+    assert not torch.equal(before, after)
+    assert not torch.equal(after, last)
+    torch.testing.assert_close(last, expected([(members[0],)]))
+
+
+@torch.no_grad()
+def test_a_change_without_gradients_shows_too(members: list[Prefix]) -> None:
+    bank = PrefixBank(members)
+    with bank.use([0]):
+        before = attend(bank.batch(), 1)
+        members[0].keys[0].zero_()
+        after = attend(bank.batch(), 1)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, expected([(members[0],)]))
 
@@ -341,6 +357,13 @@ def test_members_are_loaded_when_used_and_evicted_within_the_budget(folder: Path
         pass
     with bank.use(["c"]):
         assert bank.loaded == ["a", "c"]  # b was used longest ago
+    (folder / "a" / "prefix.safetensors").unlink()
+    with bank.use(["b", "a"]):
+        assert bank.loaded == ["a", "b"]  # a makes no room for b, though used longer ago than c
+    with bank.use([("b", "c")]):
+        assert bank.loaded == ["b", "c"]
+    with bank.use(["b", "c"]):  # two short slots in place of a long one
+        assert bank.loaded == ["b", "c"]
 
 
 @torch.no_grad()
@@ -410,7 +433,8 @@ def test_a_saved_bank_keeps_order_and_names(tmp_path: Path, folder: Path) -> Non
             count = len(rows)
             assert torch.equal(attend(bank.batch(), count), attend(back.batch(), count))
     back.save_pretrained(tmp_path / "bank")  # onto itself
-    assert PrefixBank.from_folder(tmp_path / "bank").num_tokens == 3
+    with back.use([5]):  # whose file has not changed
+        assert back.num_tokens == 3
 
 
 # What a bank accepts, and what becomes of it
@@ -459,7 +483,9 @@ def test_tables_follow_the_module(folder: Path) -> None:
     bank = PrefixBank.from_folder(folder).to(torch.bfloat16)
     with bank.use(["a"]):
         assert bank.batch().pairs[0][0].dtype == torch.bfloat16  # type: ignore[index]
-        bank.double()
+        with bank.use(["b"]):
+            bank.double()
+            assert bank.batch().pairs[0][0].dtype == torch.float64  # type: ignore[index]
         assert bank.batch().pairs[0][0].dtype == torch.float64  # type: ignore[index]
 
 

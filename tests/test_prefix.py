@@ -111,6 +111,10 @@ def test_frozen_tokens_are_joined_once_in_inference() -> None:
     assert prefix()[0][0] is first
     prefix.keys[0].add_(1)
     assert torch.equal(prefix()[0][0][:, 1:], prefix.keys[0])
+    prefix.keys[0].data = torch.zeros(2, P - 1, 8)  # which autograd does not count
+    assert torch.equal(prefix()[0][0][:, 1:], prefix.keys[0])
+    prefix.values[1] = torch.nn.Parameter(torch.ones(3, P - 1, 6))
+    assert torch.equal(prefix()[1][1][:, 1:], prefix.values[1])
     with torch.enable_grad():
         assert prefix()[0][0].requires_grad
     assert prefix.double()()[0][0].dtype == torch.float64
@@ -167,8 +171,10 @@ def test_wrong_options(options: Any, message: str) -> None:
 )
 def test_copies_are_their_own(duplicate: Any) -> None:
     prefix = some_prefix(num_frozen_tokens=2, layers=[0, 3], num_layers=4)
+    size = len(pickle.dumps(prefix))
     with torch.no_grad():
-        before = prefix()[0][0]  # kept
+        before = prefix()[0][0]  # kept, and not copied
+        assert len(pickle.dumps(prefix)) == size
         other = duplicate(prefix)
         assert same(other, prefix)
         other.load_state_dict({n: torch.zeros_like(t) for n, t in other.state_dict().items()})

@@ -213,6 +213,16 @@ def test_damaged_files(tmp_path: Path, what: str, error: type[Exception], messag
         Prefix.from_pretrained(tmp_path)
 
 
+def test_a_damaged_projection(tmp_path: Path) -> None:
+    prefix = ProjectedPrefix(SHAPES, P, 6, 7)
+    prefix.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "prefix.safetensors")
+    tensors["projection.transform.0.bias"][2] = torch.inf
+    save_file(tensors, tmp_path / "prefix.safetensors")
+    with pytest.raises(ValueError, match="projection.transform.0.bias holds NaN or infinity"):
+        Prefix.from_pretrained(tmp_path)
+
+
 def test_a_projection_of_another_size(tmp_path: Path) -> None:
     ProjectedPrefix(SHAPES, P, 6, 7).save_pretrained(tmp_path)
     file = tmp_path / "prefix_config.json"

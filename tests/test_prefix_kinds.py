@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from prefixattn import prefix_attention
+from prefixattn.bank import PrefixBank
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.external import ExternalPrefix
 from prefixattn.gated import GatedPrefix
@@ -149,6 +150,12 @@ def test_use_nests_and_comes_back_after_an_exception() -> None:
             r"values\[0\] must be torch.float",
         ),
         (
+            lambda k, v: k.__setitem__(0, k[0][None, None]),
+            ValueError,
+            r"got \(1, 1, 2, 3, 8\)",
+        ),
+        (lambda k, v: k.__setitem__(0, k[0][None][:0]), ValueError, r"got \(0, 2, 3, 8\)"),
+        (
             lambda k, v: k.__setitem__(0, k[0].long()),
             TypeError,
             r"keys\[0\] must be floating point",
@@ -197,6 +204,18 @@ def test_parts_are_kept_together(tmp_path: Path) -> None:
     mine, theirs = whole.state_dict(), back.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_part_may_be_a_bank(tmp_path: Path) -> None:
+    members = [Prefix(*tensors()), Prefix(*tensors())]
+    EncoderDecoderPrefix(decoder=PrefixBank(members), cross=members[0]).save_pretrained(tmp_path)
+    bank = EncoderDecoderPrefix.from_pretrained(tmp_path).parts["decoder"]
+    assert isinstance(bank, PrefixBank)
+    with torch.no_grad(), bank.use([1]):
+        found = bank.batch().pairs[0][0][0]  # type: ignore[index]
+    assert torch.equal(found, members[1]()[0][0])
+    with pytest.raises(TypeError, match="cross is a ExternalPrefix, which cannot be saved"):
+        EncoderDecoderPrefix(cross=ExternalPrefix(SHAPES, P)).save_pretrained(tmp_path)
 
 
 def test_parts_of_an_earlier_file_do_not_come_back(tmp_path: Path) -> None:

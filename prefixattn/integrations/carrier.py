@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from prefixattn.api import Repeated
 from prefixattn.choose import choose
 
 KEYWORD = "prefix_attention"
@@ -98,4 +99,5 @@ class Carrier:
         self.positions = positions  # [B or 1, M] of the text, unshifted
         self.options = options
         self.unpadded = unpadded  # a mask [B, N] hides nothing
+        self.attend = Repeated()
         self.kept: dict[object, tuple[Tensor, object]] = {}  # what layers that see alike share

@@ -75,7 +75,8 @@ def attention_forward(
 
     sinks = kwargs.get("s_aux")
     prefix_key, prefix_value = _prefix_of(entry, key, value)
-    out = prefix_attention(
+    attend = prefix_attention if seat is None else seat.carrier.attend
+    out = attend(
         query,
         key,
         value,

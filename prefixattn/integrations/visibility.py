@@ -53,7 +53,10 @@ def by_place(
     if seat is not None and seat.slot.chunk is not None:
         return _in_chunks(query, key, mask, seat)
     if mask is not None:
-        arguments["attn_mask"] = mask[:, None, None, :]
+        visible = mask[:, None, None, :]
+        arguments["attn_mask"] = (
+            visible if seat is None else seat.once("mask", mask, lambda: visible)
+        )
         if seat is not None and seat.slot.window is not None:
             arguments["key_start"] = seat.once("start", mask, lambda: _start(mask, key))
     return arguments
