@@ -342,6 +342,3 @@ Prefix._kinds["prefix"] = Prefix
 def _frozen_names(i: int) -> tuple[str, str]:
     """The buffers of the frozen tokens of the key and value at place ``i`` of ``layers``."""
     return f"frozen_key_{i}", f"frozen_value_{i}"
-
-
-from prefixattn.projected import ProjectedPrefix as ProjectedPrefix  # noqa: E402

@@ -60,13 +60,7 @@ def save_peft(
         ValueError: the layers differ in ways that PEFT's format cannot hold, or there is no head.
     """
     head = _head(model, task_type)
-    shapes = set(prefix.layer_shapes)
-    shape = prefix.layer_shapes[0]
-    if len(shapes) > 1 or shape.key_dim != shape.value_dim:
-        raise ValueError(
-            "PEFT's format needs the same heads and head dims in every layer, keys and values "
-            f"alike; prefix has {sorted(shapes)}. Prefix.save_pretrained holds any"
-        )
+    shape = _shape(prefix)
     parts = []
     with torch.no_grad():
         for key, value in prefix():
@@ -119,6 +113,25 @@ def load_peft(path: str | Path, model: nn.Module | None = None) -> Prefix:
     keys, values = zip(*split_layers(flat, [shape] * num_layers), strict=True)
     _load_head(tensors, model, folder)
     return Prefix(keys, values)
+
+
+def _shape(prefix: Prefix) -> LayerShape:
+    """What every layer of ``prefix`` is like, where PEFT's format can hold it."""
+    if prefix.kind == "gated":
+        raise ValueError("PEFT's prefix tuning has no gates; Prefix.save_pretrained holds them")
+    if prefix.num_frozen_tokens:
+        raise ValueError(
+            f"PEFT's prefix tuning trains all tokens, and {prefix.num_frozen_tokens} of prefix are "
+            "frozen; Prefix.save_pretrained remembers them"
+        )
+    shapes = set(prefix.layer_shapes)
+    shape = shapes.pop()
+    if shapes or shape is None or shape.key_dim != shape.value_dim:
+        raise ValueError(
+            "PEFT's format needs the same heads and head dims in every layer, keys and values "
+            f"alike; prefix has {prefix.layer_shapes}. Prefix.save_pretrained holds any"
+        )
+    return shape
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def _saves_the_prefix_too(old: type) -> dict[str, Any]:
             prefix.save_pretrained(folder)
             shapes = set(prefix.layer_shapes)
             alike = len(shapes) == 1 and all(s and s.key_dim == s.value_dim for s in shapes)
-            if alike and type(prefix).kind in ("prefix", "projected"):
+            if alike and prefix.kind != "gated" and not prefix.num_frozen_tokens:
                 save_peft(prefix, folder, getattr(self.get_base_model(), "name_or_path", None))
 
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:

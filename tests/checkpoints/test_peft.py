@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from prefixattn.checkpoints import load_peft, save_peft
 from prefixattn.integrations import attach
 from prefixattn.layers import LayerShape
-from prefixattn.prefix import Prefix, ProjectedPrefix
+from prefixattn.prefix import Prefix
+from prefixattn.projected import ProjectedPrefix
 
 P = 5
 

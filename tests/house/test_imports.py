@@ -27,7 +27,7 @@ LAUNCH = f"torch triton problem {JIT} kernels.config kernels.arguments"
 # package; a trailing `.*` means a package and everything below it. A module that is not here has no
 # rule, and fails.
 WRITTEN: dict[str, tuple[str, str]] = {
-    ".": ("api prefix integrations", ""),
+    ".": ("api bank encoder_decoder external gated prefix projected integrations", ""),
     "problem": ("torch", ""),
     "rules": ("torch problem", ""),
     "philox": ("torch", ""),
@@ -46,12 +46,25 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "api": ("torch problem rules philox quick choose ops", "cpu"),
     "files": ("torch safetensors", ""),
     "layers": ("torch", ""),
-    "prefix": ("torch safetensors files layers", "integrations.*"),
+    "kept": ("torch", ""),
+    "stored": ("torch safetensors files layers", ""),
+    "initialise": ("torch layers", "integrations.*"),
+    "prefix": ("torch files initialise kept layers stored", ""),
+    "projected": ("torch files initialise layers prefix stored", ""),
+    "gated": ("torch files initialise layers prefix stored", ""),
+    "external": ("torch initialise layers", ""),
+    "tables": ("torch kept layers", ""),
+    "bank": ("torch gated kept layers prefix stored tables", ""),
+    "encoder_decoder": ("torch bank files layers prefix stored", ""),
     "checkpoints.*": ("torch safetensors files layers prefix checkpoints.*", ""),
     "testing": ("torch problem reference api ops", ""),
     "cli": ("torch typer rich build choose", "demo.*"),
     "integrations": ("", "integrations.*"),
-    "integrations.*": (f"torch {FRAMEWORKS} . api choose layers prefix integrations.*", ""),
+    "integrations.*": (
+        f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix checkpoints.* "
+        "integrations.*",
+        "",
+    ),
     "demo.*": (
         f"torch {FRAMEWORKS} matplotlib psutil rich safetensors tokenizers . files "
         "checkpoints.* demo.*",
@@ -317,7 +330,7 @@ def test_the_walk_finds(module: str, source: str, wanted: str) -> None:
 
 ALLOWED = {
     "the standard library": ("prefixattn.problem", "import math, collections.abc"),
-    "a submodule of a listed package": ("prefixattn.prefix", "from safetensors.torch import x"),
+    "a submodule of a listed package": ("prefixattn.stored", "from safetensors.torch import x"),
     "an implementation inside a function": (
         "prefixattn.ops",
         "def f():\n    from prefixattn import sdpa",

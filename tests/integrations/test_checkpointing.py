@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixattn.prefix import Prefix, ProjectedPrefix
+from prefixattn.prefix import Prefix
+from prefixattn.projected import ProjectedPrefix
 
 
 def gradients(model: Any, prefix: Prefix, **inputs: Any) -> list[Tensor]:
