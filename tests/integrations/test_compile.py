@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
+from prefixattn import Prefix, PrefixBank
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
@@ -86,4 +88,18 @@ def test_decoding_from_a_static_cache(case: Callable[..., Any], attach: Any) -> 
     for i in range(5, llama.input_ids.shape[1]):
         parts.append(compiled(llama.input_ids[:, i : i + 1], past_key_values=cache).logits)
     llama.assert_close(torch.cat(parts, dim=1))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_one_graph_for_all_members_of_a_bank(case: Callable[..., Any], attach: Any) -> None:
+    given = case("llama")
+    bank = PrefixBank([Prefix.random(given.model, length) for length in (4, 2, 7, 3)])
+    attach(given.model, bank)
+    counter = CompileCounter()
+    compiled = torch.compile(given.model, fullgraph=True, backend=counter)
+    for rows in ([0, -1], [2, 3], [1, 0]):
+        with bank.use(rows):
+            expected = given.model(given.input_ids).logits
+            torch.testing.assert_close(compiled(given.input_ids).logits, expected)
     assert counter.frame_count == 1

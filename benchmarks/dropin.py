@@ -1,0 +1,165 @@
+"""What the drop-in costs on the host: `python -m benchmarks.dropin`.
+
+A model so small that Python and the framework take most of its time, run in four ways: without a
+prefix, with a text of the prefix's length in its KV cache, by stock PEFT, and by ours (one prefix
+for all rows, and a bank with one for each). All start from the same text, so that their logits are
+compared before anything is timed. Rounds are interleaved, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import peft
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import Times, interleaved, machine
+from prefixattn import Prefix, PrefixBank, attach
+from prefixattn.checkpoints import save_peft
+
+P, PROMPT = 64, 16
+LAYERS, BATCHES = (4, 16, 32), (1, 8)
+TOLERANCE = 1e-4
+NAMES = ("no prefix", "text in cache", "PEFT", "ours", "ours, bank")
+
+
+class Wrong(Exception):
+    """A way of running the model that gives other logits than the rest."""
+
+
+def build(layers: int) -> Any:
+    """A Llama of 64 numbers a token: next to no arithmetic."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+    )
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def ways(layers: int, folder: Path) -> dict[str, Any]:
+    """The models by name, and the text that all but the first have before them."""
+    stock = build(layers)
+    text = torch.randint(2, 97, (1, P), generator=torch.Generator().manual_seed(1))
+    prefix = Prefix.from_text(stock, text)
+    save_peft(prefix, folder, stock)
+    ours, banked = copy.deepcopy(stock), copy.deepcopy(stock)
+    attach(ours, prefix)
+    attach(banked, PrefixBank([prefix, copy.deepcopy(prefix)]))
+    by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(stock), str(folder)).eval()
+    return {"stock": stock, "PEFT": by_peft, "ours": ours, "bank": banked, "text": text}
+
+
+def decoding(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor]]:
+    """One more token a call, each way with its own cache."""
+    text, prompt = models["text"].expand(rows, -1), torch.arange(2, 2 + PROMPT).expand(rows, -1)
+    token = torch.full((rows, 1), 7)
+
+    def steps(model: Any, start: Tensor) -> Callable[[], Tensor]:
+        cache = model(input_ids=start, use_cache=True).past_key_values
+
+        def step() -> Tensor:
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            return out.logits
+
+        return step
+
+    def peft_steps() -> Callable[[], Tensor]:
+        model = models["PEFT"]
+        cache = model(input_ids=prompt, use_cache=True).past_key_values
+        # A PeftModel forgets a cache that is passed to it; its base goes on, as in generate.
+        mask = torch.ones(rows, P + PROMPT + 1, dtype=torch.long)
+        base = model.get_base_model()
+
+        def step() -> Tensor:
+            nonlocal mask
+            out = base(input_ids=token, past_key_values=cache, attention_mask=mask, use_cache=True)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            return out.logits
+
+        return step
+
+    return {
+        "no prefix": steps(models["stock"], prompt),
+        "text in cache": steps(models["stock"], torch.cat([text, prompt], dim=1)),
+        "PEFT": peft_steps(),
+        "ours": steps(models["ours"], prompt),
+        "ours, bank": steps(models["bank"], prompt),
+    }
+
+
+def forwards(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor]]:
+    """A forward of the prompt, without a cache of text."""
+    prompt = torch.arange(2, 2 + PROMPT).expand(rows, -1)
+    found = {"no prefix": models["stock"], "PEFT": models["PEFT"], "ours": models["ours"]}
+    found["ours, bank"] = models["bank"]
+
+    def forward(model: Any) -> Callable[[], Tensor]:
+        return lambda: model(input_ids=prompt).logits
+
+    return {name: forward(model) for name, model in found.items()}
+
+
+def check(runs: dict[str, Callable[[], Tensor]]) -> None:
+    """All but the one without a prefix must say the same."""
+    said = {name: run() for name, run in runs.items() if name != "no prefix"}
+    expected = said["PEFT"]
+    for name, logits in said.items():
+        error = float((logits - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCE:
+            raise Wrong(f"{name} is off by {error:.1e} of the largest logit")
+
+
+@torch.no_grad()
+def measure(rounds: int, folder: Path, layers: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """One row for each size, of a forward and of a decoded token."""
+    for depth in layers:
+        for rows in BATCHES:
+            models = ways(depth, folder)
+            with models["bank"].prefixattn.use([row % 2 for row in range(rows)]):
+                for what, make in (("decoded token", decoding), ("forward", forwards)):
+                    runs = make(models, rows)
+                    check(runs)
+                    times: dict[str, Times] = interleaved(runs, rounds, seconds=20.0)
+                    yield {"what": what, "layers": depth, "B": rows, "ms": times}
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds of a row.", min=9)] = 60,
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest model only.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows here, as JSON.")] = None,
+) -> None:
+    """Time forwards and decoded tokens of a small model with and without a prefix."""
+    torch.set_num_threads(1)  # what is measured is Python, which has one
+    transformers.logging.set_verbosity_error()
+    table = Table("", "layers", "B", *NAMES, title="milliseconds", title_justify="left")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in measure(rounds, Path(folder), LAYERS[:1] if quick else LAYERS):
+            found.append(row)
+            cells = [f"{row['ms'][n].median:.2f}" if n in row["ms"] else "" for n in NAMES]
+            table.add_row(row["what"], str(row["layers"]), str(row["B"]), *cells)
+    Console().print(table)
+    if out is not None:
+        content = {"machine": machine("benchmarks.dropin"), "rows": found}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
