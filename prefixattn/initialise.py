@@ -129,13 +129,14 @@ def _sites(
     layers: Sequence[int] | None,
 ) -> tuple[list["Site"], list[int]]:
     """The layers with keys of their own in one part of the model, and which are chosen."""
-    from prefixattn.integrations.survey import own_sites, survey
+    from prefixattn.integrations.survey import check_part, own_sites, survey
 
     found = survey(model, input_ids, part or "decoder")
     sites = own_sites(found, part)
     if not sites:
         parts = sorted({site.part for site in found})
         raise ValueError(f"part must be one of {parts} for {type(model).__name__}, got {part!r}")
+    check_part(model, found, sites[0].part)
     return sites, check_layers(layers, len(sites))
 
 

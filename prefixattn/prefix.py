@@ -118,6 +118,7 @@ class Prefix(PrefixSource):
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         self.dropout = float(dropout)
+        self._ready: Kept[PrefixBatch] = Kept()
 
     @property
     def num_layers(self) -> int:
@@ -159,8 +160,18 @@ class Prefix(PrefixSource):
 
     def batch(self) -> PrefixBatch:
         """What a forward of the model attends to: one entry for all rows."""
-        pairs = [(self._dropped(key)[None], self._dropped(value)[None]) for key, value in self()]
-        return PrefixBatch(spread(pairs, self.layers, self.num_layers))
+
+        def make() -> PrefixBatch:
+            pairs = [(self._dropped(k)[None], self._dropped(v)[None]) for k, v in self()]
+            return PrefixBatch(spread(pairs, self.layers, self.num_layers))
+
+        if self.training and self.dropout:
+            return make()
+        return self._ready.of(self._depends(), make)
+
+    def _depends(self) -> list[Tensor]:
+        """The tensors that the keys and values are computed from."""
+        return [*self.parameters(), *self.buffers()]
 
     def _dropped(self, tensor: Tensor) -> Tensor:
         if not (self.training and self.dropout):

@@ -109,8 +109,10 @@ class Boarding:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Before a model around the stack runs: what its caller says of padding."""
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
+        mask = kwargs.get("attention_mask")
+        if mask is None and len(args) > 1:
+            names = list(inspect.signature(type(model).forward).parameters)[1:]
+            mask = dict(zip(names, args, strict=False)).get("attention_mask")
         self.outer_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -239,25 +241,25 @@ def _spans(cache: Any, slots: Sequence[Slot], length: int) -> tuple[list[Span], 
     own = [slot for slot in slots if not slot.crosses]
     if cache is None or not own:
         return [Span(length, None)] * len(slots), 0
+    # Layers that see alike have seen the same tokens: so transformers makes its masks, too.
+    kinds: dict[Any, Span] = {}
     spans = []
-    copies: dict[Any, Tensor] = {}  # static layers of one kind count alike
     for slot in slots:
-        index = slot.cache_layer
-        if slot.crosses:
-            spans.append(Span(length, None))
-            continue
-        key_length, start = cache.get_mask_sizes(length, index)
-        offset = cache.get_query_offset(index)
-        if isinstance(offset, Tensor):
-            kind = (type(cache.layers[index]), key_length, start)
-            if kind not in copies:
-                copies[kind] = offset.clone() - start  # the layer adds to its counter in place
-            spans.append(Span(key_length, copies[kind]))
-        elif offset - start + length == key_length:
-            spans.append(Span(key_length, None))
-        else:
-            spans.append(Span(key_length, offset - start))
+        kind = None if slot.crosses else (slot.window, slot.chunk)
+        if kind not in kinds:
+            kinds[kind] = Span(length, None) if kind is None else _span(cache, slot, length)
+        spans.append(kinds[kind])
     return spans, cache.get_seq_length(own[0].cache_layer)
+
+
+def _span(cache: Any, slot: Slot, length: int) -> Span:
+    key_length, start = cache.get_mask_sizes(length, slot.cache_layer)
+    offset = cache.get_query_offset(slot.cache_layer)
+    if isinstance(offset, Tensor):
+        return Span(key_length, offset.clone() - start)  # the layer adds to its counter in place
+    if offset - start + length == key_length:
+        return Span(key_length, None)
+    return Span(key_length, offset - start)
 
 
 def _is_reentrant(checkpoint: Any) -> bool:

@@ -18,6 +18,7 @@ from prefixattn.integrations.relay import relay
 from prefixattn.integrations.survey import (
     Site,
     check_model,
+    check_part,
     input_embeddings,
     own_sites,
     survey,
@@ -81,6 +82,7 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
     sites = survey(target)
     parts = _parts(target, prefix)
     for part, own in parts.items():
+        check_part(target, sites, part)
         check_shapes(own, own_sites(sites, part), part)
     with ExitStack() as undo:
         prefix.to(sites[0].key.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prefixattn.integrations.carrier import Options
 from prefixattn.integrations.derived import derive
 from prefixattn.integrations.handle import Handle, check_shapes, install, warn_of_dead_tokens
-from prefixattn.integrations.survey import check_model, own_sites, survey
+from prefixattn.integrations.survey import check_model, check_part, own_sites, survey
 from prefixattn.layers import LayerShape, PrefixBatch, split_layers
 
 TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -48,6 +48,7 @@ def attach_peft(model: PeftModel, options: Options) -> Handle:
     part = "decoder" if base.config.is_encoder_decoder else "self"
     sites = survey(base)
     own = own_sites(sites, part)
+    check_part(base, sites, part)
     source = PeftSource(model, len(own))
     check_shapes(source, own, part)
     with ExitStack() as undo:

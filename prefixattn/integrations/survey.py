@@ -283,16 +283,19 @@ def _check_sites(model: PreTrainedModel, sites: list[Site]) -> None:
             raise refusal(model, f"{site.name} adds a bias of its own to the attention scores")
         if not site.carries and site.layer is None:
             raise refusal(model, f"it does not hand unknown keywords on to {site.name}")
-    met = Counter(site.part for site in sites)
-    if model.config.is_encoder_decoder and not met["decoder"]:
+    if not any(site.part in ("self", "decoder") for site in sites):
         raise refusal(model, "its decoder does not attend to its own text alone")
-    for part, expected in _expected(model).items():
-        if met[part] != expected:
-            raise refusal(
-                model,
-                f"{met[part]} attention modules were met in {expected} layers that attend"
-                + ("" if part == "self" else f" ({part})"),
-            )
+
+
+def check_part(model: PreTrainedModel, sites: list[Site], part: str) -> None:
+    """Raise where some layers of a part attend in ways that the survey did not see."""
+    met = sum(site.part == part for site in sites)
+    expected = _expected(model).get(part, met)
+    if met != expected:
+        where = "" if part == "self" else f" ({part})"
+        raise refusal(
+            model, f"{met} attention modules were met in {expected} layers that attend{where}"
+        )
 
 
 def _expected(model: PreTrainedModel) -> dict[str, int]:
