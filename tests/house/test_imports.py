@@ -56,6 +56,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "tables": ("torch kept layers", ""),
     "bank": ("torch gated kept layers prefix stored tables", ""),
     "encoder_decoder": ("torch bank files layers prefix stored", ""),
+    "distill": ("torch", ""),
     "checkpoints.*": ("torch safetensors files layers prefix checkpoints.*", ""),
     "testing": ("torch problem reference api ops", ""),
     "cli": ("torch typer rich build choose", "demo.*"),
