@@ -6,6 +6,7 @@ from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.external import ExternalPrefix
 from prefixattn.gated import GatedPrefix
 from prefixattn.integrations import attach
+from prefixattn.positions import move_prefix
 from prefixattn.prefix import Prefix
 from prefixattn.projected import ProjectedPrefix
 
@@ -18,5 +19,6 @@ __all__ = [
     "ProjectedPrefix",
     "attach",
     "explain",
+    "move_prefix",
     "prefix_attention",
 ]

@@ -24,8 +24,9 @@ class CausalModel(Protocol):
 class TopK(NamedTuple):
     """A next-token distribution at each position: its ``k`` likeliest tokens, and all others.
 
-    ``tokens``: int ``[..., k]``. ``log_probs``: float32 ``[..., k]``. ``rest``: float32 ``[...]``,
-    the log-probability of all other tokens together. A position takes ``12 * k + 4`` bytes.
+    ``tokens``: int64 ``[..., k]``. ``log_probs``: ``[..., k]``. ``rest``: ``[...]``, the
+    log-probability of all other tokens together. The latter two are float32, or float64 where the
+    logits were; a position then takes ``12 * k + 4`` bytes, or ``16 * k + 8``.
     """
 
     tokens: Tensor

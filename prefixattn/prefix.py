@@ -104,7 +104,7 @@ class Prefix(PrefixSource):
                 [nn.Parameter(master_copy(v[:, count:])) for v in values]
             )
             for i, pair in enumerate(zip(keys, values, strict=True) if count else ()):
-                for name, tensor in zip(_frozen_names(i), pair, strict=True):
+                for name, tensor in zip(frozen_names(i), pair, strict=True):
                     self.register_buffer(name, master_copy(tensor[:, :count]))
 
     def _place(
@@ -147,7 +147,7 @@ class Prefix(PrefixSource):
             return trained
         frozen = [
             (getattr(self, key), getattr(self, value))
-            for key, value in map(_frozen_names, range(len(trained)))
+            for key, value in map(frozen_names, range(len(trained)))
         ]
 
         def join() -> list[tuple[Tensor, Tensor]]:
@@ -350,6 +350,6 @@ class Prefix(PrefixSource):
 Prefix._kinds["prefix"] = Prefix
 
 
-def _frozen_names(i: int) -> tuple[str, str]:
+def frozen_names(i: int) -> tuple[str, str]:
     """The buffers of the frozen tokens of the key and value at place ``i`` of ``layers``."""
     return f"frozen_key_{i}", f"frozen_value_{i}"

@@ -177,8 +177,9 @@ class Boarding:
             if group.crosses:
                 found += own
                 continue
-            if self.options.positions == "shift":
-                self.places.check(text, rows.most, cached, inputs.shape[1])
+            shifts = self.options.positions == "shift"
+            self.places.check(text, rows.most if shifts else 0, cached, inputs.shape[1])
+            if shifts:
                 self.places.move(kwargs, places, rows.shift, cached)
             found += self._biased(group, own, text, rows)
         return found

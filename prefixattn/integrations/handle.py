@@ -134,7 +134,7 @@ def install(
     stacks: dict[PreTrainedModel, list[str]] = {}
     for part in sources:
         members = [site for site in sites if site.part == part]
-        stacks.setdefault(_stack(model, members), []).append(part)
+        stacks.setdefault(stack_of(model, members), []).append(part)
     for stack, parts in stacks.items():
         _install_stack(
             model,
@@ -261,7 +261,7 @@ def check_shapes(prefix: Any, sites: list[Site], part: str = "self") -> None:
             )
 
 
-def _stack(model: PreTrainedModel, sites: list[Site]) -> PreTrainedModel:
+def stack_of(model: PreTrainedModel, sites: list[Site]) -> PreTrainedModel:
     """The innermost model that owns all of these modules."""
     targets = {site.module for site in sites}
     innermost = model

@@ -1,6 +1,7 @@
 """Where a stack of layers puts its text among positions, and how it is moved behind a prefix."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Places:
         self.names = list(inspect.signature(type(stack).forward).parameters)[1:]
         self.takes_ids = "position_ids" in self.names
         self.table = _table_size(stack)
+        self.border = _rotary_border(stack)
+        self.longest = _longest(stack)
         self.tables = [] if self.takes_ids else _tables(stack)
         self.numbering = _numbering(stack)
         self.counts_mask = _counts_mask(stack)
@@ -135,19 +138,62 @@ class Places:
         bias: Tensor = owner.relative_attention_bias(bucket)  # [B, M, P, H]
         return bias.permute(0, 3, 1, 2)
 
-    def check(self, places: Tensor, num_tokens: int, cached: int | Tensor, length: int) -> None:
-        """Raise where moved text would run off a learned position table."""
-        if self.table is None or torch.compiler.is_compiling() or isinstance(cached, Tensor):
+    def check(self, places: Tensor, before: int, cached: int | Tensor, length: int) -> None:
+        """Hold the last place of a forward against what the model knows.
+
+        Args:
+            places: of the text, unmoved.
+            before: prefix tokens that the text is moved behind.
+            cached: tokens in the cache.
+            length: tokens of this forward.
+
+        Raises:
+            ValueError: moved text would run off a learned table, or over the length at which the
+                model turns its keys by other frequencies: the prefix's keys are of those before.
+        """
+        limits = [x for x in (self.table, self.border, self.longest) if x is not None]
+        if not limits or torch.compiler.is_compiling() or isinstance(cached, Tensor):
             return
         first = 0 if self.numbering is None else self.numbering.first
-        if first + num_tokens + cached + length <= self.table:
+        if first + before + cached + length <= min(limits):
             return
-        last = int(places.max()) + num_tokens
-        if last >= self.table:
+        last = int(places.max()) + before
+        if before and self.table is not None and last >= self.table:
             raise ValueError(
                 f"{self.kind} knows positions up to {self.table - 1}, but behind a prefix of "
-                f"{num_tokens} tokens the input reaches {last}"
+                f"{before} tokens the input reaches {last}"
             )
+        if self.border is not None and before <= self.border <= last:
+            raise ValueError(
+                f"{self.kind} turns keys by other frequencies from {self.border} tokens on, which "
+                f"a prefix cannot follow: with {before} prefix tokens the input has {last + 1}"
+            )
+        if self.longest is not None and before and last >= self.longest:
+            warnings.warn(
+                f"with a prefix of {before} tokens the input has {last + 1}, more than the "
+                f"{self.longest} that {self.kind} was made for",
+                stacklevel=2,
+            )
+            self.longest = None  # said once
+
+
+def _rotary_border(stack: PreTrainedModel) -> int | None:
+    """The length from which on rotary frequencies depend on the length, where they do."""
+    rope = getattr(stack.config, "rope_parameters", None) or {}
+    kinds = [x for x in rope.values() if isinstance(x, dict)] or [rope]
+    borders = []
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            borders.append(kind.get("original_max_position_embeddings"))
+        elif kind.get("rope_type") == "dynamic":
+            borders.append(getattr(stack.config, "max_position_embeddings", None))
+    return min((int(border) for border in borders if border), default=None)
+
+
+def _longest(stack: PreTrainedModel) -> int | None:
+    """The length that a model with rotary positions was made for."""
+    rotates = any(name.endswith("inv_freq") for name, _ in stack.named_buffers())
+    return getattr(stack.config, "max_position_embeddings", None) if rotates else None
 
 
 def _own_modules(stack: PreTrainedModel) -> list[tuple[str, nn.Module]]:

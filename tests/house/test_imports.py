@@ -27,7 +27,10 @@ LAUNCH = f"torch triton problem {JIT} kernels.config kernels.arguments"
 # package; a trailing `.*` means a package and everything below it. A module that is not here has no
 # rule, and fails.
 WRITTEN: dict[str, tuple[str, str]] = {
-    ".": ("api bank encoder_decoder external gated prefix projected integrations", ""),
+    ".": (
+        "api bank encoder_decoder external gated positions prefix projected integrations",
+        "",
+    ),
     "problem": ("torch", ""),
     "rules": ("torch problem", ""),
     "philox": ("torch", ""),
@@ -53,6 +56,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "projected": ("torch files initialise layers prefix stored", ""),
     "gated": ("torch files initialise layers prefix stored", ""),
     "external": ("torch initialise layers", ""),
+    "positions": ("torch initialise prefix projected", "integrations.*"),
     "tables": ("torch kept layers", ""),
     "bank": ("torch gated kept layers prefix stored tables", ""),
     "encoder_decoder": ("torch bank files layers prefix stored", ""),
