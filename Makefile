@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
-    test-sanitize test-arm clean
+    test-sanitize test-arm cartridge clean
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -26,6 +26,7 @@ WITH_TRITON_3.6.0 := numpy==2.3.5
 
 help:
 	@echo "make demo                train, check against PEFT, generate, save, reload (minutes)"
+	@echo "make cartridge           distil a library file into a prefix, and hold it against the file"
 	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
@@ -41,6 +42,9 @@ help:
 
 demo: $(STAMP)
 	@$(BIN)/prefixattn demo $(ARGS)
+
+cartridge: $(STAMP)
+	@$(BIN)/python examples/cartridge.py $(ARGS)
 
 # One thread for each worker: two workers that each take every core are slower than one.
 test: $(STAMP)
