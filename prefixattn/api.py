@@ -142,7 +142,7 @@ def _prepare(
     prefix_key: Tensor,
     prefix_value: Tensor,
     *,
-    implementation: str,
+    implementation: str = "auto",
     **options: Any,
 ) -> quick.Run | None:
     """The short way of calls like this one, if it is the C++ kernels that would run."""
@@ -150,6 +150,7 @@ def _prepare(
     plain = problem.prefix_gate is None and problem.dropout_p == 0
     if not plain or choose(implementation, problem) != "cpu":
         return None
+    check_values(problem)
     from prefixattn.cpu import Prepared
 
     return Prepared(problem)
@@ -177,8 +178,7 @@ class Repeated:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[object, quick.Run | None] = {}
-        self._alive: list[object] = []  # so that no other tensor gets the id of one of these
+        self._runs: dict[object, quick.Run | None] = {}  # a run keeps its tensors, and so their ids
 
     def __call__(
         self,
@@ -195,13 +195,19 @@ class Repeated:
         if not torch.is_grad_enabled() and quick.takes(*tensors):
 
             def prepare(*_: object) -> quick.Run | None:
-                self._alive.append(arguments)
                 return _prepare(*tensors, **arguments)
 
-            given = tuple(
-                (name, id(x) if isinstance(x, Tensor) else x) for name, x in arguments.items()
-            )
-            run = quick.run_for(*tensors, given, prepare, self._runs)
+            given, lasts = [], True
+            for name, argument in arguments.items():
+                if not isinstance(argument, Tensor):
+                    given.append((name, argument))
+                    lasts = lasts and (argument is None or name != "query_offset")
+                elif name in OF_ROWS and not argument.is_inference():
+                    given.append((name, (id(argument), argument._version)))
+                else:
+                    given.append((name, id(argument)))
+                    lasts = False
+            run = quick.run_for(*tensors, tuple(given), prepare, None if lasts else self._runs)
         if run is None:
             out = prefix_attention(*tensors, **arguments)
             assert isinstance(out, Tensor)  # and not the pair that return_lse gives
@@ -309,6 +315,9 @@ def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     dtype = torch.get_autocast_dtype(device)
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
+
+OF_ROWS = ("prefix_index", "prefix_lengths")
+"""The tensor arguments that say nothing of the sequence."""
 
 ARGUMENTS = {
     name: parameter.default

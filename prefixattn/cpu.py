@@ -27,8 +27,9 @@ DTYPES = {
 }
 # `Arguments`: sizes and flags, three floats, indices, tensors, biases, then those of the backward.
 RECORD = Struct("=17q3d10q24qq12q24qq12q")
-# The same record in pieces: threads, order and addresses apart from what lies between them.
-PIECES = Struct(f"=qqq{27 * 8}s" + "q24s" * 6 + f"q{49 * 8}s")
+# The same record in pieces: threads, order, addresses and what is known of the keys' length apart
+# from what lies between them.
+PIECES = Struct(f"=qqq32sq{22 * 8}s" + "q24s" + "qqqq" * 2 + "q24s" * 3 + f"q{49 * 8}s")
 NO_TENSOR = (0, 0, 0, 0)
 NO_BIAS = (0, 0, 0, 0, 0, 0)
 NO_BACKWARD = (*NO_TENSOR * 6, 0, *NO_BIAS * 2)
@@ -207,7 +208,8 @@ class Prepared:
     """A forward of five tensors whose checks and record were made once for all calls like it.
 
     It is for calls without gate and dropout. What other tensors hold is read from them in each
-    call, or was copied from them at the start.
+    call, or was copied from them at the start. The keys may have another length ``N`` and other
+    strides than those it was made for.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -215,7 +217,8 @@ class Prepared:
         self._vectors = _vectors(problem)  # the record has their addresses
         record = _record(problem, self._vectors, _tensor(out), 0, NO_BACKWARD)
         self.problem = problem.but(**dict.fromkeys(TENSORS))
-        self._pieces = PIECES.unpack(record)
+        pieces = PIECES.unpack(record)
+        self._fixed = tuple(pieces[place] for place in (0, 3, 5, 7, 17, 19, 21, 23))
         self._out, self._lse = (out.shape, out.stride()), (lse.shape, lse.dtype)
         self._function = library().prefixattn_forward
 
@@ -233,13 +236,16 @@ class Prepared:
         """Output and, if asked for, lse."""
         out = query.new_empty_strided(*self._out)
         lse = torch.empty(self._lse[0], dtype=self._lse[1]) if with_lse else None
-        dtype, _, _, sizes, _, q, _, k, _, v, _, pk, _, pv, _, o, _, rest = self._pieces
+        dtype, before, after, q, pk, pv, o, rest = self._fixed
         record = PIECES.pack(
             dtype,
             torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
-            sizes,
-            *(query.data_ptr(), q, key.data_ptr(), k, value.data_ptr(), v),
+            before,
+            key.shape[2],
+            after,
+            *(query.data_ptr(), q),
+            *(key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3]),
             *(prefix_key.data_ptr(), pk, prefix_value.data_ptr(), pv, out.data_ptr(), o),
             0 if lse is None else lse.data_ptr(),
             rest,

@@ -44,11 +44,10 @@ def unchanged(tensors: Sequence[Tensor], before: list[Seen] | None) -> bool:
     """
     if before is None or len(tensors) != len(before):
         return False
-    for tensor, seen in zip(tensors, before, strict=True):
-        owner = tensor if tensor._base is None else tensor._base
-        if owner is not seen.tensor or tensor._version != seen.version:
+    for tensor, (owner, version, place, shape) in zip(tensors, before, strict=True):
+        if tensor is not owner and tensor._base is not owner:
             return False
-        if tensor.data_ptr() != seen.place or tensor.shape != seen.shape:
+        if tensor._version != version or tensor.data_ptr() != place or tensor.shape != shape:
             return False
     return True
 

@@ -171,7 +171,8 @@ class Prefix(PrefixSource):
 
     def _depends(self) -> list[Tensor]:
         """The tensors that the keys and values are computed from."""
-        return [*self.parameters(), *self.buffers()]
+        held = [store for m in self.modules() for store in (m._parameters, m._buffers)]
+        return [x for store in held for x in store.values() if x is not None]
 
     def _dropped(self, tensor: Tensor) -> Tensor:
         if not (self.training and self.dropout):

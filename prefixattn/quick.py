@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from prefixattn.problem import Problem
 
 PLAIN = {Tensor, Parameter}
-MOST = 1024  # decoding meets a new length at every step
+MOST = 1024
 
 
 class Run(Protocol):
@@ -77,13 +77,21 @@ def run_for(
 ) -> Run | None:
     """What `prepare(q, ..., *options)` returned for such tensors; None: they have no short way.
 
-    `runs` is where it is kept: for all calls, or for those of the caller.
+    `runs` is where it is kept, for those of the caller whose options say something of single keys.
+    Else it is for all calls, and for one query of any number of keys: decoding meets a new one at
+    every step.
     """
+    keys: object
+    sizes, more = k.shape, v.shape
+    if runs is None and q.ndim == len(sizes) == len(more) == 4 and q.shape[2] == 1:
+        keys = (sizes[0], sizes[1], sizes[3], k.stride(3), more[0], more[1], more[3], v.stride(3))
+        keys = (keys, sizes[2] == more[2], sizes[2] > 0, k.dtype, v.dtype)
+    else:
+        keys = (sizes, k.stride(), k.dtype, more, v.stride(), v.dtype)
     runs = _runs if runs is None else runs
     kinds = (
-        (q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype),
-        (pk.shape, pk.stride(), pk.dtype, pv.shape, pv.stride(), pv.dtype),
-        options,
+        (q.shape, q.stride(), q.dtype, pk.shape, pk.stride(), pk.dtype, pv.shape, pv.stride()),
+        (pv.dtype, keys, options),
     )
     if kinds not in runs:
         if len(runs) >= MOST:

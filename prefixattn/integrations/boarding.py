@@ -136,10 +136,12 @@ class Boarding:
     def _batches(self, stack: PreTrainedModel, kwargs: dict[str, Any]) -> list[PrefixBatch | None]:
         """The prefixes of this forward; what training needs is seen to."""
         batches = [group.source() for group in self.groups]
+        if not torch.is_grad_enabled():
+            return batches
         tensors = [x for batch in batches if batch for pair in batch.pairs if pair for x in pair]
         if tensors and not torch.compiler.is_compiling():
             self._warn_of_freezing(stack, tensors)
-        if tensors and self._reentrant() and torch.is_grad_enabled():
+        if tensors and self._reentrant():
             if any(x.grad_fn is not None and _saves(x) for x in tensors):
                 raise RuntimeError(
                     "reentrant gradient checkpointing cannot train a prefix that is computed by a "
@@ -201,7 +203,7 @@ class Boarding:
 
     def _warn_of_freezing(self, stack: PreTrainedModel, tensors: Sequence[Tensor]) -> None:
         """Say once that a prefix which trained does so no longer, while something else does."""
-        if not (torch.is_grad_enabled() and stack.training):
+        if not stack.training:
             return
         trains = any(x.requires_grad for x in tensors)
         if self.trains and not trains and any(p.requires_grad for p in stack.parameters()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -59,19 +60,28 @@ class Rows:
 
 
 class Entries:
-    """Casts a batch's tensors to the dtype that the layers compute in, once for all tokens."""
+    """A batch's tensors, in the dtype that the layers compute in, made once for all tokens."""
 
     def __init__(self) -> None:
         self._kept: Kept[list[tuple[Tensor, Tensor] | None]] = Kept()
         self._dtype: torch.dtype | None = None
+        self._made: tuple[tuple[object, ...], list[Entry | None]] | None = None
 
     def of(self, batch: PrefixBatch, dtype: torch.dtype, rows: Rows) -> list[Entry | None]:
         """One entry per layer, None where a layer has none."""
-        gates = batch.gates or [None] * len(batch.pairs)
-        return [
-            None if pair is None else Entry(*pair, rows.index, batch.lengths, gate)
-            for pair, gate in zip(self._cast(batch.pairs, dtype), gates, strict=True)
-        ]
+        pairs = self._cast(batch.pairs, dtype)
+        if torch.compiler.is_compiling():
+            return _entries(pairs, batch, rows)
+        parts = (pairs, rows.index, batch.lengths, batch.gates)
+        if self._made is not None and all(map(is_, self._made[0], parts)):
+            return self._made[1]
+        found = _entries(pairs, batch, rows)
+        self._made = None if torch.is_grad_enabled() else (parts, found)  # holds no graph
+        return found
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles need not hold what can be made again."""
+        return self.__dict__ | {"_made": None}
 
     def _cast(
         self, pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype
@@ -85,3 +95,13 @@ class Entries:
             tensors,
             lambda: [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs],
         )
+
+
+def _entries(
+    pairs: Sequence[tuple[Tensor, Tensor] | None], batch: PrefixBatch, rows: Rows
+) -> list[Entry | None]:
+    gates = batch.gates or [None] * len(pairs)
+    return [
+        None if pair is None else Entry(*pair, rows.index, batch.lengths, gate)
+        for pair, gate in zip(pairs, gates, strict=True)
+    ]

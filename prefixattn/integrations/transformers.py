@@ -183,6 +183,8 @@ def _prefix_of(entry: Entry | None, key: Tensor, value: Tensor) -> tuple[Tensor,
     """``[R, H_kv, P, D]`` and ``[R, H_kv, P, D_v]`` beside ``key``; ``P = 0`` without a prefix."""
     if entry is None:
         return key[:1, :, :0], value[:1, :, :0]
+    if entry.key.dtype == key.dtype and entry.key.device == key.device:
+        return entry.key, entry.value
     return entry.key.to(key), entry.value.to(value)
 
 

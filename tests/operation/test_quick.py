@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prefixattn import prefix_attention, quick
+from prefixattn.api import Repeated
 
 SIZES = {
     "causal": (2, 4, 2, 5, 7, 3, 8),
@@ -144,6 +145,46 @@ def test_threads_share_what_is_prepared() -> None:
     for worker in workers:
         worker.join(60)
     assert not wrong
+
+
+def test_one_query_is_prepared_once_for_every_number_of_keys() -> None:
+    """Decoding: the cache grows, and what lies in it is strided as it may be."""
+    query, prefix = torch.randn(2, 4, 1, 8), torch.randn(1, 2, 3, 8)
+    room = torch.randn(2, 2, 40, 8)
+    for length in (1, 2, 9, 40):
+        for keys in (room[:, :, :length], room[:, :, :length].clone()):
+            inputs = (query, keys, keys.flip(2), prefix, prefix)
+            found = prefix_attention(*inputs, is_causal=True)
+            same = prefix_attention(*inputs, is_causal=True, deterministic=False)
+            assert torch.equal(found, same)
+    assert len(quick._runs) == 1
+    prefix_attention(query, room[:, :, :0], room[:, :, :0], prefix, prefix, is_causal=True)
+    with pytest.raises(ValueError, match="value"):
+        prefix_attention(query, room, room[:, :, 1:], prefix, prefix, is_causal=True)
+    with pytest.raises(ValueError, match="contiguous last dimension"):
+        prefix_attention(query, room, room.mT.contiguous().mT, prefix, prefix, is_causal=True)
+
+
+def test_repeated_calls_follow_the_rows_that_read_a_prefix() -> None:
+    """What is prepared for one choice of entries is not used for another, nor for a changed one."""
+    repeated = Repeated()
+    query, keys, bank = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 6, 8), torch.randn(3, 2, 3, 8)
+    index = torch.tensor([0, -1])
+    with torch.no_grad():
+        for change in ([2, 1], [-1, -1], None, [0, 2]):
+            if change is None:
+                index = torch.tensor([1, 0])
+            else:
+                index[:] = torch.tensor(change)
+            for length in (3, 6):
+                half = keys[:, :, :length]
+                inputs = (query, half, half, bank, bank)
+                found = repeated(*inputs, prefix_index=index, is_causal=True)
+                expected = prefix_attention(*inputs, prefix_index=index, is_causal=True)
+                assert torch.equal(found, expected)
+        index[0] = 3
+        with pytest.raises(ValueError, match="prefix_index"):
+            repeated(query, keys, keys, bank, bank, prefix_index=index, is_causal=True)
 
 
 def test_it_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
