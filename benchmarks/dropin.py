@@ -12,6 +12,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +28,8 @@ from benchmarks.measure import Times, interleaved, machine
 from prefixattn import Prefix, PrefixBank, attach
 from prefixattn.checkpoints import save_peft
 
-P, PROMPT = 64, 16
-LAYERS, BATCHES = (4, 16, 32), (1, 8)
+PROMPT = 16
+LAYERS, BATCHES, PREFIXES = (4, 16, 32), (1, 8), (64, 1024)
 TOLERANCE = 1e-4
 NAMES = ("no prefix", "text in cache", "PEFT", "ours", "ours, bank")
 
@@ -53,10 +54,10 @@ def build(layers: int) -> Any:
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def ways(layers: int, folder: Path) -> dict[str, Any]:
+def ways(layers: int, prefix_length: int, folder: Path) -> dict[str, Any]:
     """The models by name, and the text that all but the first have before them."""
     stock = build(layers)
-    text = torch.randint(2, 97, (1, P), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(2, 97, (1, prefix_length), generator=torch.Generator().manual_seed(1))
     prefix = Prefix.from_text(stock, text)
     save_peft(prefix, folder, stock)
     ours, banked = copy.deepcopy(stock), copy.deepcopy(stock)
@@ -84,7 +85,7 @@ def decoding(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor
         model = models["PEFT"]
         cache = model(input_ids=prompt, use_cache=True).past_key_values
         # A PeftModel forgets a cache that is passed to it; its base goes on, as in generate.
-        mask = torch.ones(rows, P + PROMPT + 1, dtype=torch.long)
+        mask = torch.ones(rows, text.shape[1] + PROMPT + 1, dtype=torch.long)
         base = model.get_base_model()
 
         def step() -> Tensor:
@@ -129,15 +130,15 @@ def check(runs: dict[str, Callable[[], Tensor]]) -> None:
 @torch.no_grad()
 def measure(rounds: int, folder: Path, layers: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """One row for each size, of a forward and of a decoded token."""
-    for depth in layers:
+    for depth, length in product(layers, PREFIXES):
         for rows in BATCHES:
-            models = ways(depth, folder)
+            models = ways(depth, length, folder)
             with models["bank"].prefixattn.use([row % 2 for row in range(rows)]):
                 for what, make in (("decoded token", decoding), ("forward", forwards)):
                     runs = make(models, rows)
                     check(runs)
                     times: dict[str, Times] = interleaved(runs, rounds, seconds=20.0)
-                    yield {"what": what, "layers": depth, "B": rows, "ms": times}
+                    yield {"what": what, "layers": depth, "P": length, "B": rows, "ms": times}
 
 
 def main(
@@ -148,13 +149,13 @@ def main(
     """Time forwards and decoded tokens of a small model with and without a prefix."""
     torch.set_num_threads(1)  # what is measured is Python, which has one
     transformers.logging.set_verbosity_error()
-    table = Table("", "layers", "B", *NAMES, title="milliseconds", title_justify="left")
+    table = Table("", "layers", "P", "B", *NAMES, title="milliseconds", title_justify="left")
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for row in measure(rounds, Path(folder), LAYERS[:1] if quick else LAYERS):
             found.append(row)
             cells = [f"{row['ms'][n].median:.2f}" if n in row["ms"] else "" for n in NAMES]
-            table.add_row(row["what"], str(row["layers"]), str(row["B"]), *cells)
+            table.add_row(row["what"], *(str(row[name]) for name in ("layers", "P", "B")), *cells)
     Console().print(table)
     if out is not None:
         content = {"machine": machine("benchmarks.dropin"), "rows": found}

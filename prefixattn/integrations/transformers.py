@@ -28,6 +28,12 @@ _REFUSED = {
 }
 
 
+# Keywords that the attention function reads, beside those that a module without a prefix has.
+_READ = frozenset(_REFUSED) | {
+    *("cu_seq_lens_q", "softcap", "s_aux", "sinks", "position_bias", "slopes"),
+}
+
+
 def register() -> None:
     """Make ``"prefixattn"`` an attention implementation of transformers. Idempotent."""
     AttentionInterface.register(NAME, attention_forward)
@@ -48,8 +54,13 @@ def attention_forward(
 
     A module with a slot attends to its prefix too; any other has an empty one.
     """
-    _refuse(module, kwargs)
     seat = _seat(module, kwargs)
+    dropout_p = dropout if module.training else 0.0
+    unmasked = attention_mask is None and not dropout_p and _READ.isdisjoint(kwargs)
+    if unmasked and seat is not None and seat.plain:
+        out = _attend_plainly(module, seat, query, key, value, scaling)
+        return out.transpose(1, 2).contiguous(), None
+    _refuse(module, kwargs)
     if seat is None:
         entry, implementation = None, "auto"
         named = kwargs.get("is_causal")
@@ -76,7 +87,7 @@ def attention_forward(
     sinks = kwargs.get("s_aux")
     prefix_key, prefix_value = _prefix_of(entry, key, value)
     attend = prefix_attention if seat is None else seat.carrier.attend
-    out = attend(
+    attended = attend(
         query,
         key,
         value,
@@ -85,13 +96,31 @@ def attention_forward(
         scale=scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("sinks") if sinks is None else sinks,
-        dropout_p=dropout if module.training else 0.0,
+        dropout_p=dropout_p,
         implementation=implementation,
         **({} if entry is None else _of_entry(entry, query)),
         **arguments,
     )
+    assert isinstance(attended, Tensor)  # and not the pair that return_lse gives
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _attend_plainly(
+    module: nn.Module, seat: Seat, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+) -> Tensor:
+    """The short way of most layers: nothing but a prefix, a sequence, and perhaps causality."""
+    _check_length(module, key, seat.span)
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        *_prefix_of(seat.entry, key, value),
+        is_causal=seat.slot.causal,
+        scale=scale,
+        implementation=seat.carrier.options.implementation,
+    )
     assert isinstance(out, Tensor)  # and not the pair that return_lse gives
-    return out.transpose(1, 2).contiguous(), None
+    return out
 
 
 def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:

@@ -18,6 +18,17 @@ class Seat(NamedTuple):
     entry: Entry | None
 
     @property
+    def plain(self) -> bool:
+        """Whether there is one prefix for all rows, and nothing but causality hides a key."""
+        entry, slot = self.entry, self.slot
+        return (
+            entry is not None
+            and entry.index is entry.lengths is entry.gate is entry.bias is None
+            and slot.window is slot.chunk is self.span.query_offset is None
+            and not slot.crosses
+        )
+
+    @property
     def counts_as_text(self) -> bool:
         """Whether windows and chunks treat the prefix as text before the text."""
         return self.carrier.options.prefix_in_window == "positions"
