@@ -54,14 +54,18 @@ def is_free_of_positions(model: nn.Module) -> bool:
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kw: Any) -> Tensor:
     """What the attention function of the configuration gives: ``[B, M, H * D]``."""
-    if kw.pop("output_attentions", False):
+    _refuse_weights(module, kw.pop("output_attentions", False))
+    function = AttentionInterface()[getattr(module, CONFIG)._attn_implementation]
+    out, _ = function(module, query, key, value, mask, **kw)
+    return out.flatten(2)
+
+
+def _refuse_weights(module: Any, asked: bool | None) -> None:
+    if asked:
         raise NotImplementedError(
             f"{type(module).__name__} asks for returning attention weights (`output_attentions`), "
             "which is not supported"
         )
-    function = AttentionInterface()[getattr(module, CONFIG)._attn_implementation]
-    out, _ = function(module, query, key, value, mask, **kw)
-    return out.flatten(2)
 
 
 def _per_key(alibi: Tensor, num_heads: int, key: Tensor) -> Tensor:
@@ -159,6 +163,41 @@ def _falcon(old: type) -> dict[str, Any]:
     return {"forward": forward}
 
 
+def _own_attention(old: type) -> dict[str, Any]:
+    """For modules whose scores, softmax and sum are a method ``_attn`` of theirs.
+
+    ``_attn`` takes query, key and value ``[B, H, M or N, D]`` and a mask, and gives the output
+    ``[B, H, M, D]`` and the weights, which are None here.
+    """
+
+    def _attn(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        window = self.config.window_size if getattr(self, "attention_type", "") == "local" else None
+        if window is not None and attention_mask is not None and attention_mask.ndim == 4:
+            end = key.shape[2]
+            near = self.bias[:, :, end - query.shape[2] : end, :end]
+            far = False if attention_mask.dtype == torch.bool else -torch.inf
+            attention_mask = attention_mask.masked_fill(~near, far)
+        out = _attend(
+            self,
+            query.to(value.dtype),  # float32, for scores that we add up in float32 anyway
+            key.to(value.dtype),
+            value,
+            attention_mask,
+            scaling=1 / float(getattr(self, "scale_attn", 1)),
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            sliding_window=window,
+        )
+        return out.unflatten(2, (query.shape[1], -1)).transpose(1, 2), None
+
+    def forward(self: Any, *args: Any, output_attentions: bool = False, **kwargs: Any) -> Any:
+        _refuse_weights(self, output_attentions)
+        return old.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return {"_attn": _attn, "forward": forward}
+
+
 def _module(family: str) -> str:
     return f"transformers.models.{family}.modeling_{family}"
 
@@ -166,4 +205,7 @@ def _module(family: str) -> str:
 ADAPTERS: dict[tuple[str, str], Callable[[type], dict[str, Any]]] = {
     (_module("bloom"), "BloomAttention"): _bloom,
     (_module("falcon"), "FalconAttention"): _falcon,
+    (_module("codegen"), "CodeGenAttention"): _own_attention,
+    (_module("gpt_neo"), "GPTNeoSelfAttention"): _own_attention,
+    (_module("gptj"), "GPTJAttention"): _own_attention,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixattn.integrations.adapters import is_free_of_positions
+from prefixattn.integrations.adapters import is_adapted, is_free_of_positions
 from prefixattn.integrations.refusal import refusal
 
 
@@ -28,7 +28,8 @@ class Places:
         self.kind = type(stack).__name__
         self.names = list(inspect.signature(type(stack).forward).parameters)[1:]
         self.takes_ids = "position_ids" in self.names
-        self.table = _table_size(stack)
+        self.added = _table_size(stack)
+        self.table = _turning_size(stack) if self.added is None else self.added
         self.border = _rotary_border(stack)
         self.longest = _longest(stack)
         self.tables = [] if self.takes_ids else _tables(stack)
@@ -209,11 +210,23 @@ def _embeds_positions(name: str) -> bool:
 
 
 def _table_size(stack: PreTrainedModel) -> int | None:
-    """The number of absolute positions that are known, where the stack has a table of them."""
+    """The number of positions that are known, where the stack adds what a table has of them."""
     for name, module in _own_modules(stack):
         if isinstance(module, nn.Embedding) and _embeds_positions(name):
             return module.num_embeddings - getattr(module, "offset", 0)
-    return None
+    sines = getattr(stack, "pos_encoding", None)
+    return len(sines) if isinstance(sines, Tensor) and sines.ndim == 2 else None
+
+
+def _turning_size(stack: PreTrainedModel) -> int | None:
+    """The number of positions that attention modules have sines and cosines for."""
+    return min((len(table) for table in turning_tables(stack)), default=None)
+
+
+def turning_tables(model: nn.Module) -> list[Tensor]:
+    """``[positions, 2 T]`` each: the sines and the cosines that attention modules turn keys by."""
+    found = [getattr(m, "embed_positions", None) for m in model.modules() if is_adapted(m)]
+    return [table for table in found if isinstance(table, Tensor) and table.ndim == 2]
 
 
 def _tables(stack: PreTrainedModel) -> list[nn.Module]:

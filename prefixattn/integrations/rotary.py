@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from prefixattn.integrations.adapters import adapt
 from prefixattn.integrations.handle import stack_of
-from prefixattn.integrations.places import Places
+from prefixattn.integrations.places import Places, turning_tables
 from prefixattn.integrations.survey import Site, check_model, own_sites, survey
 
 LEAST_SHIFT = 16  # places; over fewer, slowly turning forms look alike
@@ -82,7 +82,8 @@ def find_rotations(
     with ExitStack() as undo:
         adapt(model, undo)  # some of our own forwards say that they know no places
         places = Places(stack, all(site.causal for site in sites))
-    if places.table is not None or places.tables:
+        forms = _frequencies(model)
+    if places.added is not None or places.tables:
         raise _refusal(model, sites[0], "places are learned or added, and part of the text itself")
     if not places.movable:
         raise _refusal(model, sites[0], f"{type(stack).__name__} takes no position_ids to try it")
@@ -91,7 +92,6 @@ def find_rotations(
     reach = max(reach, LEAST_SHIFT)
     # Near comes last: frequencies that grow with the text are then again what they are at first.
     far, near = (_run_at(model, stack, input_ids, place, part) for place in (reach, 0))
-    forms = _frequencies(model)
     return [
         (site, _fitting(model, site, other.key, forms, reach))
         for site, other in zip(near, far, strict=True)
@@ -121,12 +121,15 @@ def _run_at(
 
 
 def _frequencies(model: nn.Module) -> list[Tensor]:
-    """The distinct frequencies that the model's rotary modules hold."""
+    """The distinct frequencies of the model's rotary modules, or of its tables' first step."""
     found = {
         tuple(buffer.tolist())
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and buffer.ndim == 1
     }
+    for table in turning_tables(model):
+        sines, cosines = table[1].double().chunk(2)
+        found.add(tuple(torch.atan2(sines, cosines).tolist()))
     return [torch.tensor(numbers, dtype=torch.float64) for numbers in sorted(found)]
 
 

@@ -92,6 +92,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: transformers.BloomConfig(**BLOOM),
     "falcon": lambda: transformers.FalconConfig(**BASE, bias=True),
     "falcon_alibi": lambda: transformers.FalconConfig(**BASE, alibi=True, multi_query=False),
+    "gptj": lambda: transformers.GPTJConfig(**GPT2, rotary_dim=4),
+    "codegen": lambda: transformers.CodeGenConfig(**GPT2, rotary_dim=4),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(  # every other layer has a window
+        **BASE, attention_types=[[["local", "global"], 1]], window_size=9
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**BASE, intermediate_size=48),
     # These multiply by grouped matrices, which torch has in single precision only.
     "phimoe": lambda: transformers.PhimoeConfig(  # a window that only its mask tells of
@@ -130,7 +135,7 @@ SINGLE_PRECISION = {"gpt_oss", "deepseek_v3", "phimoe"}
 PROMISED = ("llama", "qwen3", "gemma2", "gpt2", "opt")  # the causal models the issue names
 OTHERS = (
     "mistral qwen2 phi3 gemma3 olmo2 cohere2 gemma3n gpt_neox phimoe gpt_oss deepseek_v3 "
-    "llama4_text nemotron stablelm bloom falcon falcon_alibi"
+    "llama4_text nemotron stablelm bloom falcon falcon_alibi gptj codegen gpt_neo"
 ).split()
 
 

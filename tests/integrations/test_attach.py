@@ -240,7 +240,13 @@ def test_a_part_of_the_model_called_alone(llama: Any, attach: Any) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.GPTJConfig(n_embd=32, n_head=4, n_layer=2, rotary_dim=4),
+        transformers.RoFormerConfig(
+            hidden_size=32,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            intermediate_size=48,
+            is_decoder=True,
+        ),
         transformers.MptConfig(d_model=32, n_heads=4, n_layers=2),
     ],
     ids=lambda config: config.model_type,
