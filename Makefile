@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
-    test-sanitize test-arm cartridge clean
+    families test-sanitize test-arm cartridge clean
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -30,6 +30,7 @@ help:
 	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
+	@echo "make families            every transformers family in every situation: docs/families.md (minutes)"
 	@echo "make test-sanitize       the C++ kernels under sanitizers and valgrind (minutes)"
 	@echo "make test-arm            the C++ kernels, cross-compiled for ARM and emulated"
 	@echo "make lint                ruff and mypy"
@@ -68,6 +69,9 @@ test-gpu:
 bench-gpu:
 	@$(ON_GPU) .ci/check_gpu.py safetensors rich transformers
 	@$(ON_GPU) -m benchmarks.gpu $(ARGS)
+
+families: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py --workers $(WORKERS) $(ARGS)
 
 test-sanitize: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/native/sanitize.py -n $(WORKERS) $(ARGS)

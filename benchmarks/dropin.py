@@ -1,7 +1,7 @@
 """What the drop-in costs on the host: `python -m benchmarks.dropin`.
 
-A model so small that Python and the framework take most of its time, run in four ways: without a
-prefix, with a text of the prefix's length in its KV cache, by stock PEFT, and by ours (one prefix
+Models so narrow that Python and the framework take most of their time, and a wider one, run without
+a prefix, with a text of the prefix's length in its KV cache, by stock PEFT, and by ours (one prefix
 for all rows, and a bank with one for each). All start from the same text, so that their logits are
 compared before anything is timed. Rounds are interleaved, in milliseconds.
 """
@@ -29,8 +29,20 @@ from prefixattn import Prefix, PrefixBank, attach
 from prefixattn.checkpoints import save_peft
 
 PROMPT = 16
-LAYERS, BATCHES, PREFIXES = (4, 16, 32), (1, 8), (64, 1024)
+NARROW, WIDE = 64, 512
+BATCHES = (1, 8)
+# Layers, hidden size and prefix tokens.
+SIZES = (
+    (4, NARROW, 64),
+    (16, NARROW, 64),
+    (32, NARROW, 64),
+    (32, NARROW, 1024),
+    (8, WIDE, 64),
+    (8, WIDE, 512),
+    (8, WIDE, 2048),
+)
 TOLERANCE = 1e-4
+COLUMNS = ("layers", "hidden", "P", "B")
 NAMES = ("no prefix", "text in cache", "PEFT", "ours", "ours, bank")
 
 
@@ -38,25 +50,25 @@ class Wrong(Exception):
     """A way of running the model that gives other logits than the rest."""
 
 
-def build(layers: int) -> Any:
-    """A Llama of 64 numbers a token: next to no arithmetic."""
+def build(layers: int, hidden: int) -> Any:
+    """A Llama of `hidden` numbers a token; with 64 there is next to no arithmetic."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
+        hidden_size=hidden,
+        intermediate_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=4 if hidden == NARROW else 8,
+        num_key_value_heads=2 if hidden == NARROW else 4,
         max_position_embeddings=4096,
         pad_token_id=0,
     )
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def ways(layers: int, prefix_length: int, folder: Path) -> dict[str, Any]:
+def ways(layers: int, hidden: int, prefix_length: int, folder: Path) -> dict[str, Any]:
     """The models by name, and the text that all but the first have before them."""
-    stock = build(layers)
+    stock = build(layers, hidden)
     text = torch.randint(2, 97, (1, prefix_length), generator=torch.Generator().manual_seed(1))
     prefix = Prefix.from_text(stock, text)
     save_peft(prefix, folder, stock)
@@ -128,17 +140,19 @@ def check(runs: dict[str, Callable[[], Tensor]]) -> None:
 
 
 @torch.no_grad()
-def measure(rounds: int, folder: Path, layers: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+def measure(
+    rounds: int, folder: Path, sizes: tuple[tuple[int, int, int], ...]
+) -> Iterator[dict[str, Any]]:
     """One row for each size, of a forward and of a decoded token."""
-    for depth, length in product(layers, PREFIXES):
-        for rows in BATCHES:
-            models = ways(depth, length, folder)
-            with models["bank"].prefixattn.use([row % 2 for row in range(rows)]):
-                for what, make in (("decoded token", decoding), ("forward", forwards)):
-                    runs = make(models, rows)
-                    check(runs)
-                    times: dict[str, Times] = interleaved(runs, rounds, seconds=20.0)
-                    yield {"what": what, "layers": depth, "P": length, "B": rows, "ms": times}
+    for (layers, hidden, length), batch in product(sizes, BATCHES):
+        models = ways(layers, hidden, length, folder)
+        size = {"layers": layers, "hidden": hidden, "P": length, "B": batch}
+        with models["bank"].prefixattn.use([row % 2 for row in range(batch)]):
+            for what, make in (("decoded token", decoding), ("forward", forwards)):
+                runs = make(models, batch)
+                check(runs)
+                times: dict[str, Times] = interleaved(runs, rounds, seconds=20.0)
+                yield {"what": what, **size, "ms": times}
 
 
 def main(
@@ -149,13 +163,13 @@ def main(
     """Time forwards and decoded tokens of a small model with and without a prefix."""
     torch.set_num_threads(1)  # what is measured is Python, which has one
     transformers.logging.set_verbosity_error()
-    table = Table("", "layers", "P", "B", *NAMES, title="milliseconds", title_justify="left")
+    table = Table("", *COLUMNS, *NAMES, title="milliseconds", title_justify="left")
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in measure(rounds, Path(folder), LAYERS[:1] if quick else LAYERS):
+        for row in measure(rounds, Path(folder), SIZES[:1] if quick else SIZES):
             found.append(row)
             cells = [f"{row['ms'][n].median:.2f}" if n in row["ms"] else "" for n in NAMES]
-            table.add_row(row["what"], *(str(row[name]) for name in ("layers", "P", "B")), *cells)
+            table.add_row(row["what"], *(str(row[name]) for name in COLUMNS), *cells)
     Console().print(table)
     if out is not None:
         content = {"machine": machine("benchmarks.dropin"), "rows": found}
