@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
-    families test-sanitize test-arm cartridge clean
+    families test-peft test-sanitize test-arm cartridge clean
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -31,6 +31,7 @@ help:
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
 	@echo "make families            every transformers family in every situation: docs/families.md (minutes)"
+	@echo "make test-peft           PEFT's own tests of prefixes, on stock PEFT and with our attention (minutes)"
 	@echo "make test-sanitize       the C++ kernels under sanitizers and valgrind (minutes)"
 	@echo "make test-arm            the C++ kernels, cross-compiled for ARM and emulated"
 	@echo "make lint                ruff and mypy"
@@ -72,6 +73,9 @@ bench-gpu:
 
 families: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py --workers $(WORKERS) $(ARGS)
+
+test-peft: $(STAMP)
+	@$(BIN)/python tests/peft/run.py --workers $(WORKERS) $(ARGS)
 
 test-sanitize: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -P tests/native/sanitize.py -n $(WORKERS) $(ARGS)

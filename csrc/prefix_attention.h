@@ -8,8 +8,6 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-constexpr int64_t kCacheBytes = 1 << 22;
-
 // One thread's forward of one block after another.
 template <class T>
 class Forward {
@@ -22,8 +20,6 @@ class Forward {
     by_rows_.plan(arena_, a);
     arena_.plan(&tile_, kTile * kBlock);
     ready_ = arena_.reserve();
-    const int64_t numbers = a.rows * a.key_heads * a.keys * (a.head_dim + a.value_dim);
-    from_memory_ = numbers * int64_t(sizeof(T)) > kCacheBytes;
   }
 
   bool ready() const { return ready_; }
@@ -42,7 +38,7 @@ class Forward {
     const Variant variant{arguments_, half};
     for (int64_t first = span.first; first < span.last; first += kTile) {
       const int64_t keys = overlap({first, first + kTile}, span).last - first;
-      if (few() && from_memory_) fetch(source, overlap({first + kTile, first + 2 * kTile}, span));
+      if (few()) fetch(source, overlap({first + kTile, first + 2 * kTile}, span));
       Limits<Sum> limits;
       absorb(variant, source, first, keys, block_.limit(seen, first, keys, limits));
     }
@@ -79,8 +75,8 @@ class Forward {
 
  private:
   // Asks for the slots in `range`, which come in while others are worked on: few queries have too
-  // little work on each key to wait for it. Inlined by force, since GCC drops the call of a
-  // function that only asks.
+  // little work on each key to wait for it, and between two layers a model's weights have driven
+  // them out of any cache. Inlined by force, since GCC drops the call of a function that only asks.
   __attribute__((always_inline)) void fetch(const Source<T>& source, Interval range) const {
     constexpr int64_t line = 64 / int64_t(sizeof(T));
     for (int64_t slot = range.first; slot < range.last; ++slot) {
@@ -125,7 +121,6 @@ class Forward {
   ByRows<T> by_rows_;
   Sum* tile_;  // [kTile][kBlock]
   bool ready_;
-  bool from_memory_;  // whether the sequence's keys and values are more than a cache holds
 };
 
 }  // namespace prefixattn::PREFIXATTN_ISA
