@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
-from prefixattn.integrations.places import Places
+from prefixattn.integrations.places import Caller, Places, by_key
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.layers import PrefixBatch
@@ -64,8 +64,7 @@ class Boarding:
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.trains: bool | None = None  # whether the prefix did when it was first seen
         self.current: Carrier | None = None  # of the forward that runs now, for a relay
-        self.outer_mask: Tensor | None = None  # of the forward that runs now, where a model around
-        # the stack makes its masks
+        self.caller: Caller | None = None  # of the forward that runs now, where a model is around
 
     def __call__(
         self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -80,7 +79,7 @@ class Boarding:
         cache = kwargs.get("past_key_values")
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
-        places = self.places.find(kwargs, inputs, cached, self.outer_mask)
+        places = self.places.find(kwargs, inputs, cached, self.caller)
         # While compiling, transformers takes every mask-free batch with positions for packed
         # documents, and builds a dense mask. A mask that hides nothing prevents it.
         unpadded = (
@@ -102,18 +101,18 @@ class Boarding:
 
     def leave(self, stack: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         """After the stack's forward: nothing of it is kept."""
-        self.current = self.outer_mask = None
+        self.current = self.caller = None
         self.places.forget()
 
-    def note_mask(
+    def note_caller(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Before a model around the stack runs: what its caller says of padding."""
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1:
+        """Before a model around the stack runs: what its caller says of padding and places."""
+        if args:
             names = list(inspect.signature(type(model).forward).parameters)[1:]
-            mask = dict(zip(names, args, strict=False)).get("attention_mask")
-        self.outer_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        self.caller = Caller(by_key(mask), places is not None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is unpickled in a new process finds its attention function there."""

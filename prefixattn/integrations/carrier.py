@@ -15,6 +15,9 @@ KEYWORD = "prefix_attention"
 SLOT = "prefixattn_slot"
 """The attribute of a target attention module: its place among the slots of its stack."""
 
+CAUSAL = "prefixattn_causal"
+"""The attribute of every attention module of an attached model: whether it hides what is behind."""
+
 
 class Span(NamedTuple):
     """Where the keys of one layer lie: how many there are, and which one is query 0's own.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.integrations.adapters import adapt
 from prefixattn.integrations.boarding import Boarding, Group, Source
-from prefixattn.integrations.carrier import SLOT, Options, Slot
+from prefixattn.integrations.carrier import CAUSAL, SLOT, Options, Slot
 from prefixattn.integrations.implementation import set_implementation
 from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.relay import relay
@@ -135,6 +135,9 @@ def install(
     for part in sources:
         members = [site for site in sites if site.part == part]
         stacks.setdefault(stack_of(model, members), []).append(part)
+    for site in sites:
+        setattr(site.module, CAUSAL, site.causal)
+        undo.callback(delattr, site.module, CAUSAL)
     for stack, parts in stacks.items():
         _install_stack(
             model,
@@ -167,10 +170,14 @@ def _install_stack(
         first += len(own)
     boarding = Boarding(groups, options, stack, list(configs.values()))
     if options.positions == "shift" and not boarding.places.movable and "cross" not in sites:
-        raise refusal(stack, f"{type(stack).__name__}.forward takes no position_ids to shift")
+        why = f"{type(stack).__name__}.forward takes no position_ids to shift"
+        if boarding.places.restarts:
+            why = 'its recurrence begins anew at position 0: positions="keep" can'
+        raise refusal(stack, why)
     undo.callback(set_implementation(NAME, list(configs.values())))
     if stack is not model:
-        outer = model.register_forward_pre_hook(boarding.note_mask, with_kwargs=True, prepend=True)
+        note = boarding.note_caller
+        outer = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         undo.callback(outer.remove)
     undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
     undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)

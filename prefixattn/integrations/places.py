@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,19 @@ from transformers import PreTrainedModel
 
 from prefixattn.integrations.adapters import is_adapted, is_free_of_positions
 from prefixattn.integrations.refusal import refusal
+
+
+class Caller(NamedTuple):
+    """What the caller of a model said of padding and places: a mask ``[B, N]``, if there is one."""
+
+    mask: Tensor | None
+    places: bool
+
+
+def by_key(mask: Any) -> Tensor | None:
+    """The mask ``[B, N]``, or that among those by kind of layer, which static caches have."""
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    return next((x for x in masks if isinstance(x, Tensor) and x.ndim == 2), None)
 
 
 class Places:
@@ -36,9 +50,11 @@ class Places:
         self.numbering = _numbering(stack)
         self.counts_mask = _counts_mask(stack)
         self.biases = [m for m in stack.modules() if hasattr(m, "relative_attention_bias")]
+        # A recurrence that begins anew at place 0 would not, behind a prefix.
+        self.restarts = stack.config.model_type == "recurrent_gemma"
         self.movable = (
             self.takes_ids or bool(self.tables or self.biases) or is_free_of_positions(stack)
-        )
+        ) and not self.restarts
         self.moved: Tensor | None = None  # of this forward, for the tables' hook
         self.shift: int | Tensor = 0
 
@@ -47,22 +63,23 @@ class Places:
         kwargs: dict[str, Any],
         inputs: Tensor,
         cached: int | Tensor,
-        outer_mask: Tensor | None = None,
+        caller: Caller | None = None,
     ) -> Tensor:
         """``[B or 1, M]`` (or what the caller gave): the places of this forward's text.
 
-        ``outer_mask [B, N]`` is what a model around the stack was told, which may hand on masks of
-        its own making.
+        ``caller`` is what a model around the stack was told, which may hand on masks and places of
+        its own making: those that are the same for all rows pass over the padding.
         """
         given = kwargs.get("position_ids")
-        if given is not None:
+        own = caller is not None and not caller.places and given is not None
+        if given is not None and not (own and given.ndim == 2 and given.shape[0] == 1):
             return given
         if self.numbering is not None:
             return self.numbering(kwargs, cached)
         places = torch.arange(inputs.shape[1], device=inputs.device) + cached  # [M]
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            mask = outer_mask
+        mask = by_key(kwargs.get("attention_mask"))
+        if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
+            mask = caller.mask
         if not self.causal or mask is None:
             return places[None]
         if isinstance(cached, int) and mask.shape[1] < cached + inputs.shape[1]:
@@ -100,8 +117,20 @@ class Places:
             return None
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
-        given["past_key_values_length"] = given.get("past_key_values_length", 0) + self.shift
+        name = "past_key_values_length" if given.get("position_ids") is None else "position_ids"
+        given[name] = given.get(name, 0) + self._shift_of_all()
         return (), given
+
+    def _shift_of_all(self) -> int:
+        """The shift that all rows have in common."""
+        if isinstance(self.shift, int):
+            return self.shift
+        first = int(self.shift[0])
+        if not bool((self.shift == first).all()):
+            raise NotImplementedError(
+                f"{self.kind} counts places for all rows at once: all prefixes must be as long"
+            )
+        return first
 
     def embedding_hook(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After a table of learned or sinusoidal positions was read: read it further on."""
@@ -257,16 +286,21 @@ class _Numbering:
 
 
 def _numbering(stack: PreTrainedModel) -> _Numbering | None:
+    names = inspect.signature(type(stack).forward).parameters
     for name, module in _own_modules(stack):
         count = getattr(module, "create_position_ids_from_input_ids", None)
         if count is None and not hasattr(module, "create_position_ids_from_inputs_embeds"):
             continue
-        if _embeds_positions(name):
+        if _embeds_positions(name) and "position_ids" not in names:
             continue  # a table that counts for itself, and is told how far the text is moved
-        if count is None or "past_key_values_length" not in inspect.signature(count).parameters:
+        if count is None or _embeds_positions(name) or not _counts_on(count):
             raise refusal(stack, f"{name} counts positions in a way that is not known here")
         return _Numbering(module)
     return None
+
+
+def _counts_on(count: Callable[..., Any]) -> bool:
+    return "past_key_values_length" in inspect.signature(count).parameters
 
 
 def _counts_mask(stack: PreTrainedModel) -> bool:

@@ -24,6 +24,7 @@ SURVEY_NAME = "prefixattn-survey"
 PROBE_KEYWORD = "prefix_attention_probe"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 OTHER_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "mlp", "moe"}
+SEEN = -1e4  # what is added to a score that counts is more
 PARTS = ("self", "encoder", "decoder", "cross")
 
 
@@ -259,8 +260,9 @@ def _causal(
     module: nn.Module, mask: Tensor | None, recording: _Recording, named: bool | None
 ) -> bool:
     """Whether the layer hides what stands behind a query: its mask says so before its name does."""
-    if mask is not None and id(mask) in recording.windows:
-        return not bool(mask[0, 0, 0, -1])
+    if mask is not None and mask.ndim == 4 and mask.shape[-1] > 1:
+        first = mask[0, 0, 0, -1]  # the last key, to the first query
+        return not bool(first if first.dtype == torch.bool else first > SEEN)
     return bool(getattr(module, "is_causal", True) if named is None else named)
 
 
@@ -268,7 +270,7 @@ def _biased(module: nn.Module, mask: Tensor | None, recording: _Recording) -> bo
     """Whether a module's mask holds anything but "seen" and "not seen" that we know nothing of."""
     if mask is None or id(mask) in recording.windows or is_adapted(module):
         return False
-    return mask.is_floating_point() and bool(((mask != 0) & (mask > -1e4)).any())
+    return mask.is_floating_point() and bool(((mask != 0) & (mask > SEEN)).any())
 
 
 def _check_sites(model: PreTrainedModel, sites: list[Site]) -> None:

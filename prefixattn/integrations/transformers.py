@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 )
 
 from prefixattn.api import prefix_attention
-from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Span
+from prefixattn.integrations.carrier import CAUSAL, KEYWORD, SLOT, Carrier, Entry, Span
 from prefixattn.integrations.relay import RELAYED
 from prefixattn.integrations.visibility import Seat, by_mask, by_place, places_of
 
@@ -63,7 +63,7 @@ def attention_forward(
     _refuse(module, kwargs)
     if seat is None:
         entry, implementation = None, "auto"
-        named = kwargs.get("is_causal")
+        named = getattr(module, CAUSAL, kwargs.get("is_causal"))
         causal = bool(getattr(module, "is_causal", True) if named is None else named)
     else:
         entry, causal = seat.entry, seat.slot.causal

@@ -98,12 +98,16 @@ def by_mask(query: Tensor, mask: Tensor, seat: Seat | None, causal: bool) -> dic
 
 def places_of(entry: Entry, device: torch.device) -> Tensor:
     """``[B or 1, 1, 1, P]``: where prefix tokens stand, where the text begins at 0."""
-    token = torch.arange(entry.key.shape[2], device=device)
+    num_entries, most = entry.key.shape[0], entry.key.shape[2]
+    token = torch.arange(most, device=device)
+    if entry.lengths is None and entry.index is None:
+        return (token - most)[None, None, None]
     if entry.lengths is None:
-        return (token - entry.key.shape[2])[None, None, None]
-    lengths = entry.lengths.to(device)
+        lengths = torch.full((num_entries,), most, device=device)
+    else:
+        lengths = entry.lengths.to(device)
     if entry.index is not None:
-        lengths = lengths[entry.index.clamp(min=0)]
+        lengths = torch.where(entry.index < 0, 0, lengths[entry.index.clamp(min=0)])
     return token - lengths[:, None, None, None]
 
 
