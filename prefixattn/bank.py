@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.gated import GatedPrefix
-from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource, check_count, spread
+from prefixattn.layers import (
+    LayerShape,
+    Positions,
+    PrefixBatch,
+    PrefixSource,
+    check_count,
+    spread,
+)
 from prefixattn.prefix import Prefix
 from prefixattn.stored import CONFIG_FILE, StoredPrefix
 from prefixattn.tables import Entry, Pairs, Tables, side_by_side
@@ -66,6 +73,7 @@ class PrefixBank(PrefixSource):
     """
 
     _like: Tensor
+    positions: Positions = Prefix.positions
 
     def __init__(
         self,
@@ -231,10 +239,11 @@ class PrefixBank(PrefixSource):
                 self.names.append(name)
                 warnings.warn(self._broken[place], stacklevel=3)
                 return
-            self._check(name, stored.config.get("kind"), stored.layer_shapes)
+            policy = stored.positions(Prefix.positions)
+            self._check(name, stored.config.get("kind"), stored.layer_shapes, policy)
             self._stored[place], self._lengths[place] = stored, stored.num_tokens
         elif isinstance(member, Prefix):
-            self._check(name, member.kind, member.layer_shapes)
+            self._check(name, member.kind, member.layer_shapes, member.positions)
             self.members[str(place)], self._lengths[place] = member, member.num_tokens
         else:
             raise TypeError(
@@ -242,7 +251,9 @@ class PrefixBank(PrefixSource):
             )
         self.names.append(name)
 
-    def _check(self, name: str, kind: object, shapes: Sequence[LayerShape | None]) -> None:
+    def _check(
+        self, name: str, kind: object, shapes: Sequence[LayerShape | None], policy: Positions
+    ) -> None:
         if kind == GatedPrefix.kind:
             raise ValueError(f"bank member {name!r} has gates, which all rows of a forward share")
         if self._layer_shapes and list(shapes) != self._layer_shapes:
@@ -250,7 +261,12 @@ class PrefixBank(PrefixSource):
                 f"bank member {name!r} must have layers like the others, {self._layer_shapes}, "
                 f"got {list(shapes)}"
             )
-        self._layer_shapes = list(shapes)
+        if self.names and policy != self.positions:
+            raise ValueError(
+                f"bank member {name!r} is for positions={policy!r}, the others for "
+                f"{self.positions!r}: move_prefix turns one into the other"
+            )
+        self._layer_shapes, self.positions = list(shapes), policy
 
     def _entry(self, row: Row) -> Entry:
         if isinstance(row, Sequence) and not isinstance(row, str):

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from prefixattn import build
 from prefixattn.choose import IMPLEMENTATIONS, choose
+from prefixattn.layers import Positions
 
 app = typer.Typer(
     help="Prefix attention: a prefix and a sequence in one softmax, with no copies.",
@@ -57,6 +58,45 @@ def info() -> None:
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A folder, or a cartridge's .pt file.")],
+    target: Annotated[Path, typer.Argument(help="What to write; it must not be there yet.")],
+    to: Annotated[str, typer.Option("--to", help="The format to write.")],
+    format: Annotated[
+        str | None, typer.Option("--from", help="The format of SOURCE; recognised if not given.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The base model's folder, where a format needs it.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="shift or keep: move the keys, as the model turns them.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TARGET.")] = False,
+) -> None:
+    """Write a prefix in another format, whole or not at all; refuse to lose anything of it.
+
+    Formats: prefixattn, peft, peft-cartridge, adaption-prompt (read only), adapterhub, cartridge,
+    ptuning-v2.
+    """
+    from prefixattn.checkpoints import convert as convert_files
+
+    policies: tuple[Positions, ...] = ("shift", "keep")
+    policy = next((each for each in policies if each == positions), None)
+    if positions != policy:
+        raise typer.BadParameter(f"--positions: expected {' or '.join(policies)}, got {positions}")
+    try:
+        base = None if model is None else _base_model(model)
+        name, prefix = convert_files(
+            source, target, to, format=format, model=base, positions=policy, overwrite=overwrite
+        )
+    except (OSError, ValueError, NotImplementedError) as error:
+        Console(stderr=True).print(f"convert: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    Console().print(f"{source}: {name}, {prefix}", markup=False, highlight=False)
+    Console().print(f"{target}: {to}", markup=False, highlight=False)
+
+
+@app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
     output: Annotated[
@@ -88,6 +128,18 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. What was finished is kept, and the next run goes on from it.")
         raise typer.Exit(130) from None
+
+
+def _base_model(folder: Path) -> Any:
+    """The model in ``folder``, by the class that its configuration names."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    named = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    kind = getattr(transformers, named[0]) if named else transformers.AutoModel
+    return kind.from_pretrained(folder)
 
 
 def _version(package: str) -> str:

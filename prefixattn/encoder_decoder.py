@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prefixattn.bank import PrefixBank
 from prefixattn.files import read_json, write_json
-from prefixattn.layers import PrefixSource
+from prefixattn.layers import Positions, PrefixSource
 from prefixattn.prefix import Prefix
 from prefixattn.stored import CONFIG_FILE as PREFIX_FILE
 
@@ -56,6 +56,19 @@ class EncoderDecoderPrefix(nn.Module):
     def parts(self) -> dict[str, PrefixSource]:
         """The prefixes that there are, by part."""
         return {name: p for name, p in self.named_children() if isinstance(p, PrefixSource)}
+
+    @property
+    def positions(self) -> Positions:
+        """The policy that the parts with places were made for.
+
+        Raises:
+            ValueError: they were made for different ones.
+        """
+        placed = [p for name, p in self.parts.items() if name != "cross"]
+        policies: set[Positions] = {getattr(p, "positions", "shift") for p in placed}
+        if len(policies) > 1:
+            raise ValueError("the parts are for different positions: name one, positions=...")
+        return policies.pop() if policies else "shift"
 
     @classmethod
     def random(

@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+MOST_JSON = 1 << 22
+
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -25,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    _replace(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+    replace_file(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,9 +39,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"{path} is larger than {MOST_JSON} bytes, no configuration is")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of its bytes, or of a number's length
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
@@ -77,7 +81,7 @@ def check_floating(name: str, tensor: Tensor, source: Path) -> None:
         raise ValueError(f"{source}: {name} holds NaN or infinity")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prefixattn.files import check_floating
 from prefixattn.initialise import Start, master_copy
-from prefixattn.layers import Options, PrefixBatch, Training, describe, spread
+from prefixattn.layers import Options, Positions, PrefixBatch, Training, describe, spread
 from prefixattn.prefix import Prefix
 from prefixattn.stored import TENSORS_FILE, StoredPrefix
 
@@ -34,6 +34,7 @@ class GatedPrefix(Prefix, kind="gated"):
     """
 
     gates: nn.ParameterList
+    positions: Positions = "keep"
 
     def __init__(
         self,

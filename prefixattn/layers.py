@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict, TypeVar
+from typing import Literal, NamedTuple, TypedDict, TypeVar
 
 from torch import Tensor, nn
 
@@ -40,6 +40,10 @@ class PrefixBatch:
     index: Tensor | None = None
     lengths: Tensor | None = None
     gates: Sequence[Tensor | None] | None = None
+
+
+Positions = Literal["shift", "keep"]
+"""Where a text begins behind ``P`` prefix tokens: at position ``P``, or at 0 as without them."""
 
 
 class Training(TypedDict, total=False):

@@ -19,6 +19,7 @@ from prefixattn.initialise import (
 from prefixattn.kept import Kept
 from prefixattn.layers import (
     LayerShape,
+    Positions,
     PrefixBatch,
     PrefixSource,
     Training,
@@ -59,6 +60,8 @@ class Prefix(PrefixSource):
         keys: per layer that has a prefix, the part that trains, ``[H_kv, P - frozen, D]``.
         values: ``[H_kv, P - frozen, D_v]`` likewise.
         layers: those that have a prefix.
+        positions: the policy that the keys were made for, which ``attach`` takes where none is
+            named: ``"shift"``, or ``"keep"``.
 
     Raises:
         ValueError: no layers, or shapes or numbers that do not fit together.
@@ -69,6 +72,7 @@ class Prefix(PrefixSource):
     values: nn.ParameterList
     layers: list[int]
     kind: ClassVar[str] = "prefix"
+    positions: Positions = "shift"
     _kinds: ClassVar[dict[str, "type[Prefix]"]] = {}
 
     def __init_subclass__(cls, *, kind: str | None = None, **keywords: Any) -> None:
@@ -320,7 +324,10 @@ class Prefix(PrefixSource):
             raise ValueError(
                 f"{folder / CONFIG_FILE}: kind must be one of {sorted(cls._kinds)}, got {kind!r}"
             )
-        return cls._kinds[kind]._load(StoredPrefix.open(folder))
+        stored = StoredPrefix.open(folder)
+        prefix = cls._kinds[kind]._load(stored)
+        prefix.positions = stored.positions(prefix.positions)
+        return prefix
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What this kind of prefix needs to resume training beside the layers themselves."""
@@ -340,6 +347,8 @@ class Prefix(PrefixSource):
             config["num_frozen_tokens"] = self.num_frozen_tokens
         if self.dropout:
             config["dropout"] = self.dropout
+        if self.positions != type(self).positions:
+            config["positions"] = self.positions
         return config
 
     @classmethod

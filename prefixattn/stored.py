@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prefixattn.files import check_floating, read_json, read_number
-from prefixattn.layers import LayerShape, check_layers, spread
+from prefixattn.layers import LayerShape, Positions, check_layers, spread
 
 TENSORS_FILE = "prefix.safetensors"
 CONFIG_FILE = "prefix_config.json"
@@ -101,6 +101,15 @@ class StoredPrefix:
         with _opened(self.folder / TENSORS_FILE) as tensors:
             names = [name for name in tensors.keys() if not name.startswith("layers.")]  # noqa: SIM118
             return {name: tensors.get_tensor(name) for name in names}
+
+    def positions(self, default: Positions) -> Positions:
+        """The position policy that the file names."""
+        named = self.config.get("positions", default)
+        if named not in ("shift", "keep"):
+            raise ValueError(
+                f"{self.folder / CONFIG_FILE}: positions must be shift or keep, got {named!r}"
+            )
+        return named
 
     def options(self) -> dict[str, Any]:
         """The keywords of `prefixattn.Prefix` that the file keeps."""

@@ -2,19 +2,22 @@
 
 The file holds one float32 tensor ``prompt_embeddings [P, 2 * L * H_kv * D]``; as
 ``[P, 2 * L, H_kv, D]`` it has the key of layer ``l`` at index ``2 * l`` and the value after it.
+A cartridge has the same, and says how many of its first tokens are frozen. For an encoder-decoder
+PEFT repeats the ``L`` layers and gives each layer of the decoder two of them, of which the first is
+read: layer ``i`` has that of number ``2 * i mod L``.
+
 For classification and question answering the head that was trained beside it is in the file too.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
-from zipfile import is_zipfile
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from prefixattn.checkpoints.pickles import read_pickle
 from prefixattn.files import (
     check_floating,
     read_json,
@@ -31,6 +34,8 @@ PICKLE_FILE = "adapter_model.bin"
 CONFIG_FILE = "adapter_config.json"
 TENSOR_NAME = "prompt_embeddings"
 HEAD_PREFIX = "base_model."
+TYPES = ("PREFIX_TUNING", "CARTRIDGE")
+SEQ2SEQ = "SEQ_2_SEQ_LM"
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -45,6 +50,7 @@ def save_peft(
     model: nn.Module | str | None = None,
     *,
     task_type: str = "CAUSAL_LM",
+    peft_type: Literal["PREFIX_TUNING", "CARTRIDGE"] = "PREFIX_TUNING",
 ) -> None:
     """Write ``prefix`` as an adapter that ``PeftModel.from_pretrained(base, path)`` loads.
 
@@ -54,34 +60,46 @@ def save_peft(
         path: the folder to write.
         model: the base model or its name, for the configuration's ``base_model_name_or_path``.
             Tasks with a head need the model itself: PEFT's file holds the head too.
-        task_type: PEFT's, for the class that loads it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, …
+        task_type: PEFT's, for the class that loads it: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, … With
+            ``"SEQ_2_SEQ_LM"`` the prefix is the decoder's own, as in PEFT.
+        peft_type: ``"CARTRIDGE"`` keeps frozen tokens, which prefix tuning has not.
 
     Raises:
         ValueError: the layers differ in ways that PEFT's format cannot hold, or there is no head.
     """
+    if peft_type not in TYPES:
+        raise ValueError(f"peft_type must be one of {TYPES}, got {peft_type!r}")
     head = _head(model, task_type)
-    shape = _shape(prefix)
-    parts = []
+    shape = _shape(prefix, peft_type)
     with torch.no_grad():
-        for key, value in prefix():
-            for part in (key, value):
-                parts.append(part.float().transpose(0, 1).flatten(1))  # [P, H_kv * D]
-        flat = torch.cat([part.cpu() for part in parts], dim=1)
+        layers = [
+            torch.cat([part.float().cpu().transpose(0, 1).flatten(1) for part in pair], dim=1)
+            for pair in prefix()
+        ]  # [P, 2 * H_kv * D] each
+    if task_type == SEQ2SEQ:
+        layers = _as_peft_reads(layers)
     folder = Path(path)
-    write_tensors(folder / TENSORS_FILE, {TENSOR_NAME: flat} | head)
-    write_json(folder / CONFIG_FILE, _config(prefix, shape, _base_name(model), task_type))
+    config = _config(prefix, shape, _base_name(model), task_type)
+    config |= {"peft_type": peft_type, "num_layers": len(layers)}
+    if peft_type == "CARTRIDGE":
+        config |= {"num_frozen_tokens": prefix.num_frozen_tokens}
+    else:
+        config |= {"encoder_hidden_size": config["token_dim"], "prefix_projection": False}
+    write_tensors(folder / TENSORS_FILE, {TENSOR_NAME: torch.cat(layers, dim=1)} | head)
+    write_json(folder / CONFIG_FILE, config)
 
 
 def load_peft(path: str | Path, model: nn.Module | None = None) -> Prefix:
     """The prefix in a PEFT adapter's folder, of type PREFIX_TUNING or CARTRIDGE.
 
-    A projection was folded in when PEFT saved it, and a cartridge's frozen tokens are among the
-    others: what comes back is a plain `Prefix`, trainable throughout.
+    A projection was folded in when PEFT saved it: what comes back is a plain `Prefix`. A
+    cartridge's frozen tokens stay frozen. The prefix of an encoder-decoder is the decoder's own.
 
     Args:
         path: the folder.
-        model: the base model, to load the head into that some tasks' files hold. Without it such a
-            head is left out, with a warning.
+        model: the base model, to load the head into that some tasks' files hold (without it such a
+            head is left out, with a warning), and to say how many layers a decoder has where PEFT's
+            file has more.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -90,13 +108,16 @@ def load_peft(path: str | Path, model: nn.Module | None = None) -> Prefix:
     folder = Path(path)
     source = folder / CONFIG_FILE
     config = read_json(source)
-    if config.get("peft_type") not in ("PREFIX_TUNING", "CARTRIDGE"):
+    if config.get("peft_type") not in TYPES:
         raise ValueError(
-            f"{source}: peft_type must be PREFIX_TUNING or CARTRIDGE, got "
-            f"{config.get('peft_type')!r}"
+            f"{source}: peft_type must be one of {TYPES}, got {config.get('peft_type')!r}"
         )
-    if config.get("num_transformer_submodules", 1) != 1:
-        raise ValueError(f"{source}: prefixes of encoder-decoder models are not supported yet")
+    submodules = config.get("num_transformer_submodules") or 1
+    if submodules not in (1, 2) or (submodules == 1 and config.get("task_type") == SEQ2SEQ):
+        raise ValueError(
+            f"{source}: num_transformer_submodules must be 1, or 2 for an encoder-decoder, got "
+            f"{submodules} for {config.get('task_type')!r}"
+        )
     names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
     num_tokens, num_layers, heads, width = (read_number(config, n, source) for n in names)
     if width % heads:
@@ -110,19 +131,58 @@ def load_peft(path: str | Path, model: nn.Module | None = None) -> Prefix:
             f"{tuple(flat.shape)}"
         )
     shape = LayerShape(heads, width // heads, width // heads)
-    keys, values = zip(*split_layers(flat, [shape] * num_layers), strict=True)
+    pairs = split_layers(flat, [shape] * num_layers)
+    if submodules == 2:
+        wanted_layers = _decoder_layers(model, num_layers, source)
+        pairs = [pairs[2 * layer % num_layers] for layer in range(wanted_layers)]
+    keys, values = zip(*pairs, strict=True)
     _load_head(tensors, model, folder)
-    return Prefix(keys, values)
+    frozen = config.get("num_frozen_tokens", 0)
+    try:
+        return Prefix(keys, values, num_frozen_tokens=frozen)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
-def _shape(prefix: Prefix) -> LayerShape:
+def _decoder_layers(model: nn.Module | None, num_layers: int, source: Path) -> int:
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return num_layers
+    found = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+    if not found or found > num_layers:
+        raise ValueError(
+            f"{source}: num_layers must be at least the {found} layers of the decoder of "
+            f"{type(model).__name__}, got {num_layers}"
+        )
+    return int(found)
+
+
+def _as_peft_reads(layers: Sequence[Tensor]) -> list[Tensor]:
+    """A decoder's layers in the order in which PEFT's file has them for an encoder-decoder.
+
+    PEFT reads number ``2 * i mod L`` for layer ``i``: for an odd ``L`` each layer has its own. A
+    decoder of an even number of layers gets one more in the file, which nobody reads.
+    """
+    count = len(layers) + (len(layers) + 1) % 2
+    slots = [torch.zeros_like(layers[0])] * count
+    for layer, tensor in enumerate(layers):
+        slots[2 * layer % count] = tensor
+    return slots
+
+
+def _shape(prefix: Prefix, peft_type: str) -> LayerShape:
     """What every layer of ``prefix`` is like, where PEFT's format can hold it."""
     if prefix.kind == "gated":
         raise ValueError("PEFT's prefix tuning has no gates; Prefix.save_pretrained holds them")
-    if prefix.num_frozen_tokens:
+    if prefix.positions != "shift":
+        raise ValueError(
+            f"PEFT moves the text behind its prefixes, and this one is for positions="
+            f"{prefix.positions!r}: move_prefix makes one for PEFT of it, where the model allows"
+        )
+    if prefix.num_frozen_tokens and peft_type != "CARTRIDGE":
         raise ValueError(
             f"PEFT's prefix tuning trains all tokens, and {prefix.num_frozen_tokens} of prefix are "
-            "frozen; Prefix.save_pretrained remembers them"
+            'frozen; peft_type="CARTRIDGE" and Prefix.save_pretrained remember them'
         )
     shapes = set(prefix.layer_shapes)
     shape = shapes.pop()
@@ -136,7 +196,7 @@ def _shape(prefix: Prefix) -> LayerShape:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not (folder / TENSORS_FILE).is_file() and (folder / PICKLE_FILE).is_file():
-        tensors: Any = _read_pickle(folder / PICKLE_FILE)
+        tensors: Any = read_pickle(folder / PICKLE_FILE)
     else:
         tensors = read_tensors(folder / TENSORS_FILE)
     if not isinstance(tensors, dict) or not all(
@@ -148,16 +208,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         check_floating(name, tensor, folder)
     return dict(tensors)
-
-
-def _read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, of tensors alone: nothing in the file is executed."""
-    if not is_zipfile(path):
-        raise ValueError(f"{path} is damaged: it is not what torch.save writes")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or holds more than tensors") from error
 
 
 def _head(model: nn.Module | str | None, task_type: str) -> dict[str, Tensor]:
@@ -211,14 +261,10 @@ def _config(
     width = shape.num_heads * shape.key_dim
     return {
         "base_model_name_or_path": base_name,
-        "encoder_hidden_size": width,
         "inference_mode": True,
         "num_attention_heads": shape.num_heads,
-        "num_layers": prefix.num_layers,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if task_type == SEQ2SEQ else 1,
         "num_virtual_tokens": prefix.num_tokens,
-        "peft_type": "PREFIX_TUNING",
-        "prefix_projection": False,
         "task_type": task_type,
         "token_dim": width,
     }

@@ -44,10 +44,10 @@ def attach(
             ``"visible"``: every query sees the whole prefix. The same holds for layers that attend
             in chunks.
         positions: ``"shift"``: the text begins at position ``P`` (PEFT, Cartridges); ``"keep"``:
-            positions are what they are without a prefix (AdapterHub, LLaMA-Adapter). None:
-            ``"keep"`` for a `GatedPrefix`, else ``"shift"``. In a causal model, unless
-            ``position_ids`` are passed, the text begins behind its left padding: it never comes
-            between prefix and text.
+            positions are what they are without a prefix (AdapterHub, LLaMA-Adapter). None: what
+            the prefix was made for: ``"keep"`` for a `GatedPrefix`, else ``"shift"`` where its
+            file says nothing else. In a causal model, unless ``position_ids`` are passed, the text
+            begins behind its left padding: it never comes between prefix and text.
         implementation: of `prefixattn.prefix_attention`.
 
     Returns:
@@ -61,9 +61,8 @@ def attach(
     from prefixattn.integrations.carrier import Options
     from prefixattn.integrations.handle import attach_prefix
 
-    if positions is None:
-        positions = "keep" if getattr(prefix, "kind", None) == "gated" else "shift"
-    options = Options(prefix_in_window, positions, implementation)
+    policy = str(positions or getattr(prefix, "positions", "shift"))
+    options = Options(prefix_in_window, policy, implementation)
     return attach_prefix(model, prefix, options)
 
 

@@ -97,7 +97,8 @@ def test_cartridge_and_pickled_file(tmp_path: Path) -> None:
     stock.save_pretrained(tmp_path)
     flat = stock.get_prompt_embedding_to_save("default").view(P, 4, 2, 8)
     prefix = load_peft(tmp_path)
-    assert torch.equal(prefix.values[1], flat[:, 3].transpose(0, 1))
+    assert prefix.num_frozen_tokens == 1
+    assert torch.equal(prefix()[1][1], flat[:, 3].transpose(0, 1))
     file = tmp_path / "adapter_model.safetensors"
     torch.save(load_file(file), tmp_path / "adapter_model.bin")
     file.unlink()
@@ -145,11 +146,12 @@ def test_layers_that_pefts_format_cannot_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LORA"}, "PREFIX_TUNING or CARTRIDGE, got 'LORA'"),
+        ({"peft_type": "LORA"}, "'PREFIX_TUNING', 'CARTRIDGE'.*got 'LORA'"),
         ({"num_layers": 3}, r"must be \[P, 2 \* L \* H_kv \* D\] = \(5, 96\), got \(5, 64\)"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens must be a positive integer, got None"),
         ({"num_attention_heads": 3}, "token_dim 16 is not a multiple of 3"),
-        ({"num_transformer_submodules": 2}, "encoder-decoder"),
+        ({"num_transformer_submodules": 3}, "encoder-decoder"),
+        ({"num_frozen_tokens": 9}, "num_frozen_tokens must be in"),
     ],
 )
 def test_files_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -61,9 +61,13 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "bank": ("torch gated kept layers prefix stored tables", ""),
     "encoder_decoder": ("torch bank files layers prefix stored", ""),
     "distill": ("torch", ""),
-    "checkpoints.*": ("torch safetensors files layers prefix checkpoints.*", ""),
+    "checkpoints.*": (
+        "torch safetensors files layers stored initialise prefix projected gated encoder_decoder "
+        "positions checkpoints.*",
+        "",
+    ),
     "testing": ("torch problem reference api ops", ""),
-    "cli": ("torch typer rich build choose", "demo.*"),
+    "cli": ("torch typer rich build choose layers", "demo.* checkpoints.* transformers"),
     "integrations": ("", "integrations.*"),
     "integrations.*": (
         f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix checkpoints.* "

@@ -1,0 +1,131 @@
+"""P-tuning v2's prefixes (Liu et al., 2022): part of a model's own state, beside its config.json.
+
+``prefix_encoder.embedding.weight [P, 2 * L * H * D]``, as ``[P, 2 * L, H, D]`` with the key of
+layer ``l`` at index ``2 * l`` and the value after it; or, where a network made it,
+``prefix_encoder.embedding.weight [P, hidden]`` before ``trans``: linear, tanh, linear.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixattn.checkpoints.pickles import read_pickle
+from prefixattn.files import (
+    check_floating,
+    read_json,
+    read_number,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from prefixattn.layers import LayerShape, split_layers
+from prefixattn.prefix import Prefix
+
+CONFIG_FILE = "config.json"
+TENSORS_FILE = "model.safetensors"
+PICKLE_FILE = "pytorch_model.bin"
+PREFIX = "prefix_encoder."
+EMBEDDING = "embedding.weight"
+NETWORK = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
+
+
+def save_ptuning_v2(prefix: Prefix, path: str | Path) -> None:
+    """Write ``prefix`` as P-tuning v2's ``prefix_encoder``, without the rest of a model's state.
+
+    Args:
+        prefix: with the same heads and head dims in every layer; a projection is folded in.
+        path: the folder to write.
+
+    Raises:
+        ValueError: the format cannot hold this prefix.
+    """
+    shapes = set(prefix.layer_shapes)
+    shape = shapes.pop()
+    if prefix.kind == "gated" or prefix.num_frozen_tokens or prefix.positions != "shift":
+        raise ValueError(
+            "P-tuning v2 has no gates, no frozen tokens, and its text stands behind the prefix; "
+            f"prefix is of kind {prefix.kind!r}, has {prefix.num_frozen_tokens} frozen tokens and "
+            f"is for positions={prefix.positions!r}"
+        )
+    if shapes or shape is None or shape.key_dim != shape.value_dim:
+        raise ValueError(
+            "P-tuning v2 needs the same heads and head dims in every layer, keys and values alike; "
+            f"prefix has {prefix.layer_shapes}"
+        )
+    with torch.no_grad():
+        flat = [x.float().cpu().transpose(0, 1).flatten(1) for pair in prefix() for x in pair]
+    config = {
+        "num_hidden_layers": prefix.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "hidden_size": shape.num_heads * shape.key_dim,
+        "pre_seq_len": prefix.num_tokens,
+        "prefix_projection": False,
+    }
+    folder = Path(path)
+    write_tensors(folder / TENSORS_FILE, {PREFIX + EMBEDDING: torch.cat(flat, dim=1)})
+    write_json(folder / CONFIG_FILE, config)
+
+
+def load_ptuning_v2(path: str | Path) -> Prefix:
+    """The prefix in the folder of a model that P-tuning v2 trained; what else is there stays there.
+
+    A network that made the prefix is folded in.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, holds no such prefix, or the files do not fit together.
+    """
+    folder = Path(path)
+    source = folder / CONFIG_FILE
+    config = read_json(source)
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    num_layers, heads, width = (read_number(config, name, source) for name in names)
+    if width % heads:
+        raise ValueError(f"{source}: hidden_size {width} is not a multiple of {heads} heads")
+    flat = _flat(_state(folder), folder)
+    if flat.ndim != 2 or flat.shape[1] != 2 * num_layers * width or not len(flat):
+        raise ValueError(
+            f"{folder}: the prefix must be [P, 2 * L * hidden] with L * hidden = "
+            f"{num_layers * width}, got {tuple(flat.shape)}"
+        )
+    shape = LayerShape(heads, width // heads, width // heads)
+    keys, values = zip(*split_layers(flat, [shape] * num_layers), strict=True)
+    return Prefix(keys, values)
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the prefix encoder, by their names in it."""
+    pickled = not (folder / TENSORS_FILE).is_file() and (folder / PICKLE_FILE).is_file()
+    content: Any = read_pickle(folder / PICKLE_FILE) if pickled else None
+    tensors = content if pickled else read_tensors(folder / TENSORS_FILE)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{folder}: expected tensors by name, got a {type(tensors).__name__}")
+    found = {}
+    for name, tensor in tensors.items():
+        if isinstance(name, str) and PREFIX in name:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{folder}: {name} must be a tensor, got {type(tensor).__name__}")
+            check_floating(name, tensor, folder)
+            found[name.partition(PREFIX)[2]] = tensor
+    return found
+
+
+def _flat(state: dict[str, Tensor], folder: Path) -> Tensor:
+    """``[P, 2 * L * hidden]``."""
+    allowed = {EMBEDDING} if EMBEDDING in state and len(state) == 1 else {EMBEDDING, *NETWORK}
+    if set(state) != allowed:
+        raise ValueError(
+            f"{folder}: expected {PREFIX}{EMBEDDING}, alone or with {', '.join(NETWORK)}, got "
+            f"{sorted(state)}"
+        )
+    flat = state[EMBEDDING].float()
+    if len(allowed) == 1:
+        return flat
+    first, first_bias, second, second_bias = (state[name].float() for name in NETWORK)
+    try:
+        hidden = torch.tanh(torch.nn.functional.linear(flat, first, first_bias))
+        return torch.nn.functional.linear(hidden, second, second_bias)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: the network's layers do not fit together: {error}") from error
