@@ -5,7 +5,7 @@ from prefixattn.bank import PrefixBank
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.external import ExternalPrefix
 from prefixattn.gated import GatedPrefix
-from prefixattn.integrations import attach
+from prefixattn.integrations import attach, detach
 from prefixattn.positions import move_prefix
 from prefixattn.prefix import Prefix
 from prefixattn.projected import ProjectedPrefix
@@ -18,6 +18,7 @@ __all__ = [
     "PrefixBank",
     "ProjectedPrefix",
     "attach",
+    "detach",
     "explain",
     "move_prefix",
     "prefix_attention",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.gated import GatedPrefix
+from prefixattn.kept import begin_text
 from prefixattn.layers import (
     LayerShape,
     Positions,
@@ -300,6 +301,7 @@ class PrefixBank(PrefixSource):
 
     @contextmanager
     def _using(self, use: _Use) -> Iterator[None]:
+        begin_text()
         self._uses.append(use)
         before, self._ready = self._ready, None
         try:

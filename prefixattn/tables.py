@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from prefixattn.kept import Seen, unchanged
+from prefixattn.kept import Seen, current_text, unchanged
 from prefixattn.layers import LayerShape
 
 Entry = tuple[int, ...]
@@ -37,6 +37,7 @@ class Tables:
         self.lengths = torch.zeros(0, dtype=torch.long)
         self.slots: dict[Entry, int] = {}  # the entry used longest ago comes first
         self.seen: dict[Entry, list[Seen] | None] = {}
+        self.texts: dict[Entry, int] = {}  # when each was filled
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles fill their own tables."""
@@ -79,8 +80,13 @@ class Tables:
             self.lengths = torch.zeros(slots, dtype=torch.long, device=like.device)
 
     def holds(self, entry: Entry, tensors: Sequence[Tensor]) -> bool:
-        """Whether ``entry`` has a slot, filled from ``tensors`` as they are now."""
-        return entry in self.slots and unchanged(tensors, self.seen[entry])
+        """Whether ``entry`` has a slot, filled from ``tensors`` as they are now.
+
+        Those that may train are trusted for one text: a fused optimizer's step is not counted.
+        """
+        if entry not in self.slots or not unchanged(tensors, self.seen[entry]):
+            return False
+        return self.texts[entry] == current_text() or not any(x.requires_grad for x in tensors)
 
     def put(
         self,
@@ -110,6 +116,7 @@ class Tables:
                         whole[slot, :, start:end].copy_(tensor)
             self.lengths[slot] = end
         self.slots[entry], self.seen[entry] = slot, Seen.of(tensors)
+        self.texts[entry] = current_text()
 
     def doubt(self, members: Collection[int]) -> None:
         """Fill anew what holds ``members`` when it is next used: they may be about to train."""
@@ -127,7 +134,7 @@ class Tables:
         if empty:
             return min(empty)
         oldest = next(entry for entry in self.slots if entry not in in_use)
-        del self.seen[oldest]
+        del self.seen[oldest], self.texts[oldest]
         return self.slots.pop(oldest)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from prefixattn.integrations.handle import Handle
 
-__all__ = ["attach"]
+__all__ = ["attach", "detach"]
 
 
 def attach(
@@ -64,6 +64,20 @@ def attach(
     policy = str(positions or getattr(prefix, "positions", "shift"))
     options = Options(prefix_in_window, policy, implementation)
     return attach_prefix(model, prefix, options)
+
+
+def detach(model: "nn.Module") -> None:
+    """Take the prefix off ``model``, where its handle is not at hand: a copy, or an unpickled one.
+
+    Args:
+        model: what `attach` was given, or the model inside it.
+
+    Raises:
+        ValueError: there is no prefix attached.
+    """
+    from prefixattn.integrations.handle import detach_prefix
+
+    detach_prefix(model)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ attention itself, which it leaves to the function that the configuration names.
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from prefixattn.integrations.derived import derive
+from prefixattn.integrations.undo import Undoing
 
 CONFIG = "prefixattn_config"
 FREE = "prefixattn_free_of_positions"
 
 
-def adapt(model: Any, undo: ExitStack) -> bool:
+def adapt(model: Any, undo: Undoing) -> bool:
     """Give ``model``'s attention modules forwards that go through the interface.
 
     Args:

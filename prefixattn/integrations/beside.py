@@ -13,13 +13,14 @@ from torch import nn
 
 from prefixattn.checkpoints import save_peft
 from prefixattn.integrations.derived import derive
+from prefixattn.integrations.undo import Undoing
 from prefixattn.prefix import Prefix
 
 FOLDER = "prefix"
 BESIDE = "prefixattn_beside"
 
 
-def keep_beside(model: PeftModel, prefix: nn.Module, undo: Any) -> bool:
+def keep_beside(model: PeftModel, prefix: nn.Module, undo: Undoing) -> bool:
     """Have ``model``'s own saving and loading take ``prefix`` along.
 
     Args:
@@ -55,7 +56,8 @@ def _saves_the_prefix_too(old: type) -> dict[str, Any]:
             prefix.save_pretrained(folder)
             shapes = set(prefix.layer_shapes)
             alike = len(shapes) == 1 and all(s and s.key_dim == s.value_dim for s in shapes)
-            if alike and prefix.kind != "gated" and not prefix.num_frozen_tokens:
+            plain = prefix.kind != "gated" and prefix.positions == "shift"
+            if alike and plain and not prefix.num_frozen_tokens:
                 save_peft(prefix, folder, getattr(self.get_base_model(), "name_or_path", None))
 
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:

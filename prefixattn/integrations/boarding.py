@@ -2,9 +2,10 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,19 @@ from prefixattn.integrations.entries import Entries, Rows
 from prefixattn.integrations.places import Caller, Places, by_key
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
+from prefixattn.kept import forward
 from prefixattn.layers import PrefixBatch
 
 MASK_OR_PLACES = ("attention_mask", "position_ids", "past_key_values")
 
-Source = Callable[[], PrefixBatch | None]
+
+class Source(Protocol):
+    """Who gives a prefix to each forward, or None for none."""
+
+    def __call__(self) -> PrefixBatch | None: ...
+
+    @property
+    def trains(self) -> bool: ...
 
 
 class Group(NamedTuple):
@@ -62,7 +71,7 @@ class Boarding:
         self.entries = [Entries() for _ in groups]
         self.takes_keywords = takes_keywords(stack)
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
-        self.trains: bool | None = None  # whether the prefix did when it was first seen
+        self.trains = any(group.source.trains for group in groups)  # when it was last seen
         self.current: Carrier | None = None  # of the forward that runs now, for a relay
         self.caller: Caller | None = None  # of the forward that runs now, where a model is around
 
@@ -75,7 +84,6 @@ class Boarding:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
-        batches = self._batches(stack, kwargs)
         cache = kwargs.get("past_key_values")
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
@@ -92,7 +100,10 @@ class Boarding:
             kwargs["attention_mask"] = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
         self._keep_documents_apart(kwargs)
         text = places[0] if places.ndim == 3 else places
-        entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else forward(_continues(cached, inputs)):
+            batches = self._batches(stack, kwargs)
+            entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
         carrier = Carrier(entries, spans, self.slots, text, self.options, unpadded=unpadded)
         self.current = carrier
         if self.takes_keywords:
@@ -262,6 +273,14 @@ def _span(cache: Any, slot: Slot, length: int) -> Span:
     if offset - start + length == key_length:
         return Span(key_length, None)
     return Span(key_length, offset - start)
+
+
+def _continues(cached: int | Tensor, inputs: Tensor) -> bool:
+    """Whether a forward of ``inputs`` follows on text in the cache, as far as can be told cheaply.
+
+    Static caches count on the device: there one token is taken for a later one.
+    """
+    return inputs.shape[1] == 1 if isinstance(cached, Tensor) else cached > 0
 
 
 def _is_reentrant(checkpoint: Any) -> bool:

@@ -1,6 +1,7 @@
 """Live modules that are given another class, which copies and pickles know how to make again."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,11 +21,11 @@ def derive(module: nn.Module, members: Members) -> Callable[[], None]:
     """
     old = type(module)
     module.__class__ = _derived(old, members)
+    return partial(_give_back, module, old)
 
-    def restore() -> None:
-        module.__class__ = old
 
-    return restore
+def _give_back(module: nn.Module, old: type) -> None:
+    module.__class__ = old
 
 
 _classes: dict[tuple[type, Members], type] = {}

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -24,9 +23,12 @@ from prefixattn.integrations.survey import (
     survey,
 )
 from prefixattn.integrations.transformers import NAME, register
+from prefixattn.integrations.undo import Undo
 from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource
 
 SUBMODULE = "prefixattn"
+UNDO = "prefixattn_undo"
+"""The attribute of an attached transformers model that knows how to detach it."""
 
 
 class Handle:
@@ -37,7 +39,7 @@ class Handle:
         prefix: the module that gives the keys and values.
     """
 
-    def __init__(self, model: nn.Module, prefix: nn.Module, undo: ExitStack) -> None:
+    def __init__(self, model: nn.Module, prefix: nn.Module, undo: Undo) -> None:
         self.model = model
         self.prefix = prefix
         self._undo = undo
@@ -45,6 +47,19 @@ class Handle:
     def detach(self) -> None:
         """Take the prefix off the model. A second call does nothing."""
         self._undo.close()
+
+    def __repr__(self) -> str:
+        kinds = f"{type(self.model).__name__}, {type(self.prefix).__name__}"
+        return f"Handle({kinds}{'' if self._undo else ', detached'})"
+
+
+def detach_prefix(model: nn.Module) -> None:
+    """See `prefixattn.detach`."""
+    found = [undo for m in model.modules() if (undo := getattr(m, UNDO, None)) is not None]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no prefix attached")
+    for undo in found:
+        undo.close()
 
 
 class Submodule:
@@ -63,6 +78,11 @@ class Submodule:
         prefix: Any = self.model.get_submodule(self.name)
         batch: PrefixBatch = prefix.batch()
         return batch
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters does."""
+        return any(p.requires_grad for p in self.model.get_submodule(self.name).parameters())
 
 
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
@@ -84,10 +104,10 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
     for part, own in parts.items():
         check_part(target, sites, part)
         check_shapes(own, own_sites(sites, part), part)
-    with ExitStack() as undo:
+    with Undo() as undo:
         prefix.to(sites[0].key.device)
         target.add_module(SUBMODULE, prefix)
-        undo.callback(delattr, target, SUBMODULE)
+        undo.callback(_remove, target, SUBMODULE)
         whole = parts.get("self") is prefix or parts.get("decoder") is prefix
         sources = {
             part: Submodule(target, SUBMODULE if whole else f"{SUBMODULE}.{part}") for part in parts
@@ -104,7 +124,13 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
                 )
         for part, own in parts.items():
             warn_of_dead_tokens(own.num_tokens, own_sites(sites, part), options, stacklevel=4)
-        return Handle(model, prefix, undo.pop_all())
+        return Handle(model, prefix, undo)
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    """Delete a submodule, which its owner may have done."""
+    if hasattr(model, name):
+        delattr(model, name)
 
 
 def _parts(
@@ -126,10 +152,12 @@ def install(
     sites: list[Site],
     sources: Mapping[str, Source],
     options: Options,
-    undo: ExitStack,
+    undo: Undo,
 ) -> None:
     """Hook ``model`` up to ``sources``, by part; ``undo`` learns how to take every step back."""
     register()
+    setattr(model, UNDO, undo)
+    undo.callback(delattr, model, UNDO)
     adapt(model, undo)
     stacks: dict[PreTrainedModel, list[str]] = {}
     for part in sources:
@@ -155,7 +183,7 @@ def _install_stack(
     sites: Mapping[str, list[Site]],
     sources: Mapping[str, Source],
     options: Options,
-    undo: ExitStack,
+    undo: Undo,
 ) -> None:
     """Hook up the parts that one stack runs: itself, or a decoder's own and cross attention."""
     every = [site for members in sites.values() for site in members]
@@ -193,7 +221,7 @@ def _install_stack(
     _install_relays(every, boarding, undo)
 
 
-def _install_relays(sites: list[Site], boarding: Boarding, undo: ExitStack) -> None:
+def _install_relays(sites: list[Site], boarding: Boarding, undo: Undo) -> None:
     deaf: dict[nn.Module, list[Site]] = {}
     for site in sites:
         if not site.carries and site.layer is not None:

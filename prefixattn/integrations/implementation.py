@@ -1,6 +1,7 @@
 """Setting a model's attention implementation, and setting it back."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -31,18 +32,19 @@ def set_implementation(name: str, configs: Sequence[Any]) -> Callable[[], None]:
         What sets them back, once the last model that shares a configuration asks for it. A
         configuration that was given another name meanwhile keeps that one.
     """
-    for config in configs:
-        unset = (0, config._attn_implementation_internal, config)
-        count, before, _ = _users.get((id(config), name), unset)
+    befores = [config._attn_implementation_internal for config in configs]
+    for config, own in zip(configs, befores, strict=True):
+        count, before, _ = _users.get((id(config), name), (0, own, config))
         _users[id(config), name] = (count + 1, before, config)
         config._attn_implementation_internal = name
+    return partial(_restore, name, list(configs), befores)
 
-    def restore() -> None:
-        for config in configs:
-            count, before, _ = _users.pop((id(config), name))
-            if count > 1:
-                _users[id(config), name] = (count - 1, before, config)
-            elif config._attn_implementation_internal == name:
-                config._attn_implementation_internal = before
 
-    return restore
+def _restore(name: str, configs: Sequence[Any], befores: Sequence[str]) -> None:
+    for config, own in zip(configs, befores, strict=True):
+        # A copy of a configuration has one user, its copied model, which nobody counted.
+        count, before, _ = _users.pop((id(config), name), (1, own, config))
+        if count > 1:
+            _users[id(config), name] = (count - 1, before, config)
+        elif config._attn_implementation_internal == name:
+            config._attn_implementation_internal = before

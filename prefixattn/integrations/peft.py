@@ -2,9 +2,10 @@
 
 import functools
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from prefixattn.integrations.carrier import Options
 from prefixattn.integrations.derived import derive
 from prefixattn.integrations.handle import Handle, check_shapes, install, warn_of_dead_tokens
 from prefixattn.integrations.survey import check_model, check_part, own_sites, survey
+from prefixattn.integrations.undo import Undo
+from prefixattn.kept import Kept
 from prefixattn.layers import LayerShape, PrefixBatch, split_layers
 
 TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
@@ -51,17 +54,28 @@ def attach_peft(model: PeftModel, options: Options) -> Handle:
     check_part(base, sites, part)
     source = PeftSource(model, len(own))
     check_shapes(source, own, part)
-    with ExitStack() as undo:
+    with Undo() as undo:
         install(base, sites, {part: source}, options, undo)
         warn_of_dead_tokens(config.num_virtual_tokens, own, options, stacklevel=5)
         setattr(model, SOURCE, source)
         undo.callback(delattr, model, SOURCE)
         undo.callback(derive(model, _leaves_the_prefix_to_the_attention))
-        return Handle(model, model.prompt_encoder, undo.pop_all())
+        return Handle(model, model.prompt_encoder, undo)
+
+
+class _Calls(threading.local):
+    """The calls of attached PeftModels that run in this thread, the innermost last."""
+
+    running: "tuple[tuple[PeftSource, Sequence[str] | None], ...]" = ()
+
+
+_calls = _Calls()
 
 
 class PeftSource:
     """Gives the active adapter's prefix, computed once per forward, for no copies of the batch.
+
+    The base model has it within calls of the PeftModel alone, as in PEFT.
 
     Args:
         model: the PeftModel.
@@ -72,32 +86,47 @@ class PeftSource:
     def __init__(self, model: PeftModel, num_slots: int) -> None:
         self.model = model
         self.num_slots = num_slots
-        self.chosen: Sequence[str] | None = None  # an adapter for each row, in some forwards
-        self._kept: tuple[Any, PrefixBatch] | None = None
+        self._traced: tuple[Sequence[str] | None, ...] = ()  # the same, for a compiler
+        self._ready: Kept[PrefixBatch] = Kept()
+        self._ready_for: Any = None
 
     def __call__(self) -> PrefixBatch | None:
         model = self.model
-        if model._adapters_disabled:
+        asked = self._asked()
+        if not asked or model._adapters_disabled:
             return None
-        names = list(dict.fromkeys(self.chosen or [model.active_adapter]))
+        chosen = asked[-1]
+        active = model.active_adapter
+        names = list(dict.fromkeys(chosen or ([active] if isinstance(active, str) else [])))
         names = [name for name in names if name != BASE]
         if not names or any(model.peft_config[name].peft_type not in TYPES for name in names):
             return None
         flats = [self._flat(name) for name in names]
-        stored = all(isinstance(flat, nn.Parameter) for flat in flats)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not stored:
-            return self._batch(names, flats)
+        if not all(isinstance(flat, nn.Parameter) for flat in flats):
+            return self._batch(names, flats, chosen)
         # What a decoded token needs is the same as for the one before it.
-        seen = [names, self.chosen, *((id(x), x._version) for x in flats)]
-        if self._kept is None or self._kept[0] != seen:
-            self._kept = (seen, self._batch(names, flats))
-        return self._kept[1]
+        if self._ready_for != (names, chosen):
+            self._ready, self._ready_for = Kept(), (names, chosen)
+        return self._ready.of(flats, lambda: self._batch(names, flats, chosen))
 
-    def _batch(self, names: list[str], flats: list[Tensor]) -> PrefixBatch:
+    def _asked(self) -> tuple[Sequence[str] | None, ...]:
+        """For each running call of the PeftModel, outermost first, its ``adapter_names``."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        return tuple(names for source, names in _calls.running if source is self)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any adapter does."""
+        return any(p.requires_grad for p in self.model.prompt_encoder.parameters())
+
+    def _batch(
+        self, names: list[str], flats: list[Tensor], chosen: Sequence[str] | None
+    ) -> PrefixBatch:
         index = lengths = None
-        if self.chosen is not None:
+        if chosen is not None:
             places = {name: place for place, name in enumerate(names)} | {BASE: -1}
-            index = torch.tensor([places[name] for name in self.chosen], device=flats[0].device)
+            index = torch.tensor([places[name] for name in chosen], device=flats[0].device)
             lengths = torch.tensor([len(flat) for flat in flats], device=flats[0].device)
         most = max(len(flat) for flat in flats)
         entries = [
@@ -108,13 +137,13 @@ class PeftSource:
             tuple(torch.stack([e[layer][half] for e in entries]) for half in (0, 1))
             if len(entries) > 1
             else tuple(x[None] for x in entries[0][layer])
-            for layer in self._layers(len(entries[0]))
+            for layer in self._layers(names[0], len(entries[0]))
         ]
         return PrefixBatch(cast("list[tuple[Tensor, Tensor]]", pairs), index, lengths)
 
-    def _layers(self, count: int) -> list[int]:
+    def _layers(self, name: str, count: int) -> list[int]:
         """Where in PEFT's order each of our layers has its prefix."""
-        if self.model.active_peft_config.num_transformer_submodules == 1:
+        if self.model.peft_config[name].num_transformer_submodules == 1:
             return list(range(min(count, self.num_slots)))
         # For an encoder-decoder PEFT doubles the layers and gives each decoder layer two of them.
         return [(2 * layer) % count for layer in range(self.num_slots)]
@@ -122,8 +151,9 @@ class PeftSource:
     @property
     def layer_shapes(self) -> list[LayerShape | None]:
         """What the active adapter holds, per slot."""
-        shapes = self._shapes(self.model.active_adapter)
-        return [shapes[layer] for layer in self._layers(len(shapes))]
+        active = self.model.active_adapter
+        shapes = self._shapes(active)
+        return [shapes[layer] for layer in self._layers(active, len(shapes))]
 
     def _shapes(self, name: str) -> list[LayerShape]:
         config = self.model.peft_config[name]
@@ -144,23 +174,33 @@ class PeftSource:
 
     @contextmanager
     def rows(self, names: Sequence[str] | None) -> Iterator[None]:
-        """Have row ``i`` read the adapter ``names[i]`` for a while; None is the active one."""
-        if names is None:
-            yield
-            return
+        """A call of the PeftModel: row ``i`` reads the adapter ``names[i]``; None: the active."""
         model = self.model
-        for name in names:
+        for name in names or ():
             if name != BASE and name not in model.peft_config:
                 raise ValueError(
                     f"adapter_names must be of {[BASE, *model.peft_config]}, got {name!r}"
                 )
             if name != BASE and model.peft_config[name].peft_type not in TYPES:
                 raise NotImplementedError(f"adapter_names: {name!r} is not a prefix")
-        before, self.chosen = self.chosen, list(names)
+        chosen = None if names is None else list(names)
+        if torch.compiler.is_compiling():
+            traced, self._traced = self._traced, (*self._traced, chosen)
+        else:
+            running, _calls.running = _calls.running, (*_calls.running, (self, chosen))
         try:
             yield
         finally:
-            self.chosen = before
+            if torch.compiler.is_compiling():
+                self._traced = traced
+            else:
+                _calls.running = running
+
+
+def _has_prefix(model: PeftModel) -> bool:
+    """Whether the active adapter is one; there may be none left."""
+    name = model.active_adapter
+    return isinstance(name, str) and model.peft_config[name].peft_type in TYPES
 
 
 def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
@@ -170,7 +210,7 @@ def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.active_peft_config.peft_type not in TYPES:
+        if not _has_prefix(self):
             return base.forward(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
         given = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
@@ -189,7 +229,7 @@ def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
             return base.generate(self, *args, **kwargs)
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self.active_peft_config.peft_type not in TYPES:
+        if not _has_prefix(self):
             return cast("dict[str, Any]", base.prepare_inputs_for_generation(self, *args, **kwargs))
         kwargs.pop("task_ids", None)
         inputs: dict[str, Any] = self.base_model_prepare_inputs_for_generation(*args, **kwargs)

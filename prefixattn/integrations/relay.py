@@ -1,13 +1,13 @@
 """Bringing a prefix to attention modules whose layer does not hand keywords on."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, Protocol
 
 from torch import nn
 
 from prefixattn.integrations.carrier import KEYWORD, Carrier
 from prefixattn.integrations.derived import derive
+from prefixattn.integrations.undo import Undoing
 
 RELAYED = "prefixattn_carrier"
 """The attribute of an attention module that holds the carrier while its layer runs."""
@@ -23,7 +23,7 @@ class Sender(Protocol):
 
 
 def relay(
-    layer: nn.Module, attentions: Sequence[nn.Module], sender: Sender | None, undo: ExitStack
+    layer: nn.Module, attentions: Sequence[nn.Module], sender: Sender | None, undo: Undoing
 ) -> None:
     """Have ``layer`` lend its keyword to ``attentions`` whenever it runs.
 

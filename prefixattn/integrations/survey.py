@@ -111,6 +111,8 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
         undo.callback(set_implementation(SURVEY_NAME, own_configs(model)))
         _watch(model, recording, undo)
         model.eval()
+        for module in model.modules():  # which packs its weights for good in a forward that is not
+            module.training = type(module).__module__.startswith("bitsandbytes")
         with torch.inference_mode(False), torch.no_grad():
             model.base_model(**inputs, use_cache=False)
     _check_sites(model, recording.sites)
@@ -182,7 +184,9 @@ def check_model(model: Any) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if any(hasattr(module, SLOT) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has a prefix attached already: detach() it first")
+        raise ValueError(
+            f"{type(model).__name__} has a prefix attached already: prefixattn.detach(model)"
+        )
     if model.device.type == "meta":
         raise refusal(model, "it is on the meta device: load its weights first")
     config = model.config.get_text_config()

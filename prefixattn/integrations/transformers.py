@@ -74,7 +74,8 @@ def attention_forward(
     if attention_mask is not None and attention_mask.ndim == 4:
         arguments = by_mask(query, attention_mask, seat, causal)
     else:
-        if kwargs.get("cu_seq_lens_q") is not None:
+        segments = kwargs.get("cu_seq_lens_q")
+        if segments is not None and len(segments) > 2:  # one document needs no keeping apart
             raise NotImplementedError(
                 "packed rows (cu_seq_lens_q) need position_ids that start again at each document, "
                 "no attention_mask and use_cache=False"
