@@ -89,10 +89,10 @@ def convert(
         name, prefix = convert_files(
             source, target, to, format=format, model=base, positions=policy, overwrite=overwrite
         )
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, TypeError, ValueError, NotImplementedError) as error:
         Console(stderr=True).print(f"convert: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
-    Console().print(f"{source}: {name}, {prefix}", markup=False, highlight=False)
+    Console().print(f"{source}: {name}, a {type(prefix).__name__}", markup=False, highlight=False)
     Console().print(f"{target}: {to}", markup=False, highlight=False)
 
 
@@ -137,9 +137,11 @@ def _base_model(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
     config = transformers.AutoConfig.from_pretrained(folder)
-    named = [name for name in config.architectures or [] if hasattr(transformers, name)]
-    kind = getattr(transformers, named[0]) if named else transformers.AutoModel
-    return kind.from_pretrained(folder)
+    kinds = [getattr(transformers, str(name), None) for name in config.architectures or []]
+    models = [
+        k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)
+    ]
+    return (models or [transformers.AutoModel])[0].from_pretrained(folder)
 
 
 def _version(package: str) -> str:

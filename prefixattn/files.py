@@ -13,6 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MOST_JSON = 1 << 22
+MOST_LAYERS = 10_000  # a number in a file must not make us reserve memory for it
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""What numbers may be, by safetensors' names."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -75,10 +83,23 @@ def read_number(config: Mapping[str, Any], name: str, source: Path) -> int:
 
 def check_floating(name: str, tensor: Tensor, source: Path) -> None:
     """Raise where ``tensor`` is not finite floating point: a damaged file must not train on."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{source}: {name} must be floating point, got {tensor.dtype}")
+    if tensor.dtype not in DTYPES.values():
+        kinds = ", ".join(str(dtype) for dtype in DTYPES.values())
+        raise ValueError(f"{source}: {name} must be one of {kinds}, got {tensor.dtype}")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{source}: {name} holds NaN or infinity")
+
+
+def single(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 on the CPU.
+
+    Raises:
+        ValueError: it would lose digits.
+    """
+    found = tensor.detach().to("cpu", torch.float32)
+    if tensor.dtype == torch.float64 and not torch.equal(found.double(), tensor.detach().cpu()):
+        raise ValueError("the format holds float32, and the prefix's float64 would lose digits")
+    return found
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

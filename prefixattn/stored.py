@@ -9,21 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefixattn.files import check_floating, read_json, read_number
+from prefixattn.files import DTYPES, MOST_LAYERS, check_floating, read_json, read_number
 from prefixattn.layers import LayerShape, Positions, check_layers, spread
 
 TENSORS_FILE = "prefix.safetensors"
 CONFIG_FILE = "prefix_config.json"
 FORMAT = "prefixattn"
 FORMAT_VERSION = 1
-MOST_LAYERS = 10_000  # a number in a file must not make us reserve memory for it
-
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from prefixattn.files import (
     read_number,
     read_tensors,
     replace_file,
+    single,
     write_json,
 )
 from prefixattn.initialise import Places, places_in
@@ -116,7 +117,7 @@ def save_adapterhub(prefix: Prefix, path: str | Path, name: str = "prefix") -> N
             f"prefix has {prefix.layer_shapes}"
         )
     with torch.no_grad():
-        flat = [x.float().cpu().transpose(0, 1).flatten(1) for pair in prefix() for x in pair]
+        flat = [single(x).transpose(0, 1).flatten(1) for pair in prefix() for x in pair]
     key = f"prefix_tuning.prefix_tunings.{name}.self_prefix.{FLAT}"
     state = {key: torch.cat(flat, dim=1).flatten()}
     config = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn.checkpoints.pickles import read_pickle
-from prefixattn.files import check_floating, replace_file
+from prefixattn.files import MOST_LAYERS, check_floating, replace_file
 from prefixattn.prefix import Prefix
 
 HALVES = ("keys", "values")
@@ -41,7 +41,7 @@ def save_cartridge(prefix: Prefix, path: str | Path) -> None:
     with torch.no_grad():
         for half, tensors in zip(HALVES, zip(*prefix(), strict=True), strict=True):
             whole = [tensor[None].cpu() for tensor in tensors]
-            frozen = [x[:, :, :count].clone() for x in whole] if count else []
+            frozen = [x[:, :, :count].clone() for x in whole]  # a tensor each, if an empty one
             content[f"trainable_{half}"] = _parameters([x[:, :, count:].clone() for x in whole])
             content[f"frozen_{half}"] = _parameters(frozen, trains=False)
     replace_file(Path(path), lambda temporary: torch.save(content, temporary))
@@ -92,6 +92,8 @@ def _tensors(content: dict[Any, Any], name: str, file: Path) -> list[Tensor]:
     found = content.get(name)
     if not isinstance(found, list | tuple | nn.ParameterList):
         raise ValueError(f"{file}: expected a list {name}, got a {type(found).__name__}")
+    if len(found) > MOST_LAYERS:
+        raise ValueError(f"{file}: expected at most {MOST_LAYERS} layers, got {len(found)}")
     for i, tensor in enumerate(found):
         if not isinstance(tensor, Tensor) or tensor.ndim != 4 or tensor.shape[0] != 1:
             what = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__

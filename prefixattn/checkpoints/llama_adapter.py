@@ -55,12 +55,13 @@ def load_adaption_prompt(path: str | Path, model: nn.Module) -> GatedPrefix:
         prompt, gate = _checked(state, name, num_tokens, base.config.hidden_size, folder)
         try:
             attention: Any = model.get_submodule(name)
+            projections = (attention.k_proj, attention.v_proj)
         except AttributeError as error:
-            raise ValueError(f"{folder}: {type(model).__name__} has no module {name}") from error
+            raise ValueError(f"{folder}: {type(model).__name__} has no attention {name}") from error
         with torch.no_grad():
             halves = [
                 project(prompt.to(project.weight))[0].unflatten(-1, (-1, attention.head_dim))
-                for project in (attention.k_proj, attention.v_proj)
+                for project in projections
             ]  # [P, H_kv, D]
         layers.append(attention.layer_idx)
         keys.append(halves[0].transpose(0, 1))

@@ -23,6 +23,7 @@ from prefixattn.files import (
     read_json,
     read_number,
     read_tensors,
+    single,
     write_json,
     write_tensors,
 )
@@ -73,7 +74,7 @@ def save_peft(
     shape = _shape(prefix, peft_type)
     with torch.no_grad():
         layers = [
-            torch.cat([part.float().cpu().transpose(0, 1).flatten(1) for part in pair], dim=1)
+            torch.cat([single(part).transpose(0, 1).flatten(1) for part in pair], dim=1)
             for pair in prefix()
         ]  # [P, 2 * H_kv * D] each
     if task_type == SEQ2SEQ:

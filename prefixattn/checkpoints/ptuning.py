@@ -17,6 +17,7 @@ from prefixattn.files import (
     read_json,
     read_number,
     read_tensors,
+    single,
     write_json,
     write_tensors,
 )
@@ -55,7 +56,7 @@ def save_ptuning_v2(prefix: Prefix, path: str | Path) -> None:
             f"prefix has {prefix.layer_shapes}"
         )
     with torch.no_grad():
-        flat = [x.float().cpu().transpose(0, 1).flatten(1) for pair in prefix() for x in pair]
+        flat = [single(x).transpose(0, 1).flatten(1) for pair in prefix() for x in pair]
     config = {
         "num_hidden_layers": prefix.num_layers,
         "num_attention_heads": shape.num_heads,

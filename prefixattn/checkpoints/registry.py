@@ -15,7 +15,7 @@ from prefixattn.checkpoints.peft import SEQ2SEQ, load_peft, save_peft
 from prefixattn.checkpoints.ptuning import load_ptuning_v2, save_ptuning_v2
 from prefixattn.encoder_decoder import CONFIG_FILE as ENCODER_DECODER_FILE
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
-from prefixattn.files import read_json
+from prefixattn.files import read_json, read_tensors
 from prefixattn.layers import Positions
 from prefixattn.positions import move_prefix
 from prefixattn.prefix import Prefix
@@ -65,8 +65,12 @@ def _is_adapterhub(path: Path) -> bool:
 
 
 def _is_ptuning_v2(path: Path) -> bool:
-    files = ("model.safetensors", "pytorch_model.bin")
-    return (path / "config.json").is_file() and any((path / file).is_file() for file in files)
+    if not (path / "config.json").is_file():
+        return False
+    file = path / "model.safetensors"
+    if not file.is_file():
+        return (path / "pytorch_model.bin").is_file()
+    return any("prefix_encoder." in name for name in read_tensors(file))
 
 
 def _load_ours(path: Path, model: Model) -> Loaded:
@@ -124,7 +128,7 @@ FORMATS = {
         Format(
             "cartridge",
             "HazyResearch's cartridge, one .pt file",
-            lambda path: path.is_file() and path.suffix == ".pt",
+            lambda path: path.is_file() and path.suffix in (".pt", ".torch"),
             lambda path, model: load_cartridge(path),
             lambda prefix, path, model: save_cartridge(prefix, path),
         ),
@@ -137,6 +141,15 @@ FORMATS = {
         ),
     )
 }
+
+
+FILES = {
+    *("prefix.safetensors", PREFIX_FILE, ENCODER_DECODER_FILE, "encoder", "decoder", "cross"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"),
+    *("pytorch_adapter.bin", "adapter.safetensors", "head_config.json", "pytorch_model_head.bin"),
+    *("config.json", "model.safetensors", "pytorch_model.bin"),
+}
+"""What a folder of one of these formats may hold."""
 
 
 def recognise(path: str | Path) -> str:
@@ -234,9 +247,9 @@ def convert(
         FileNotFoundError, ValueError: as `load` and `save` do.
     """
     place = Path(target)
-    if place.exists() and not overwrite:
-        raise FileExistsError(f"{place} exists already")
     _format(to)
+    if place.exists():
+        _check_target(place, Path(source), overwrite)
     name = format or recognise(source)
     prefix = load(source, name, model)
     if positions is not None and positions != prefix.positions:
@@ -245,10 +258,28 @@ def convert(
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         whole = Path(folder) / place.name
         save(prefix, whole, to, model)
+        before = Path(folder) / "before"
         if place.exists():
-            place.replace(Path(folder) / "before")
-        whole.replace(place)
+            place.replace(before)
+        try:
+            whole.replace(place)
+        except BaseException:
+            if before.exists():
+                before.replace(place)
+            raise
     return name, prefix
+
+
+def _check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Raise unless ``target`` may be replaced: nothing but a prefix's own files may go."""
+    if not overwrite:
+        raise FileExistsError(f"{target} exists already")
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise FileExistsError(f"{target} holds {source}, which is read")
+    if target.is_dir():
+        others = [x.name for x in target.iterdir() if x.name not in FILES]
+        if others:
+            raise FileExistsError(f"{target} holds more than a prefix: {sorted(others)[:5]}")
 
 
 def _moved(prefix: Loaded, model: Model, positions: Positions) -> Prefix:

@@ -4,6 +4,7 @@ The prefix lies in the subfolder ``prefix``, in our format, and in PEFT's where 
 PEFT reads the folder as one adapter, and the subfolder as another.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def _saves_the_prefix_too(old: type) -> dict[str, Any]:
             alike = len(shapes) == 1 and all(s and s.key_dim == s.value_dim for s in shapes)
             plain = prefix.kind != "gated" and prefix.positions == "shift"
             if alike and plain and not prefix.num_frozen_tokens:
-                save_peft(prefix, folder, getattr(self.get_base_model(), "name_or_path", None))
+                rounded = copy.deepcopy(prefix).float()  # ours beside it has every digit
+                save_peft(rounded, folder, getattr(self.get_base_model(), "name_or_path", None))
 
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:
         if adapter_name != FOLDER:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefixattn.integrations.carrier import Options
 from prefixattn.integrations.derived import derive
 from prefixattn.integrations.handle import Handle, check_shapes, install, warn_of_dead_tokens
-from prefixattn.integrations.survey import check_model, check_part, own_sites, survey
+from prefixattn.integrations.survey import Site, check_model, check_part, own_sites, survey
 from prefixattn.integrations.undo import Undo
 from prefixattn.kept import Kept
 from prefixattn.layers import LayerShape, PrefixBatch, split_layers
@@ -47,13 +47,19 @@ def attach_peft(model: PeftModel, options: Options) -> Handle:
             f"{type(model).__name__} with a {config.peft_type.value} adapter has no prefix; "
             f"supported are {', '.join(t.value for t in TYPES)}"
         )
+    if config.task_type == "SEQ_2_SEQ_LM" and config.num_transformer_submodules == 1:
+        raise NotImplementedError(
+            "num_transformer_submodules must be 2 for an encoder-decoder: with 1, PEFT's own "
+            "forward and generation disagree"
+        )
     base = check_model(model)
     part = "decoder" if base.config.is_encoder_decoder else "self"
     sites = survey(base)
     own = own_sites(sites, part)
     check_part(base, sites, part)
-    source = PeftSource(model, len(own))
+    source = PeftSource(model, [site.layer_shape for site in own])
     check_shapes(source, own, part)
+    _say_what_is_skipped(source, own)
     with Undo() as undo:
         install(base, sites, {part: source}, options, undo)
         warn_of_dead_tokens(config.num_virtual_tokens, own, options, stacklevel=5)
@@ -79,13 +85,14 @@ class PeftSource:
 
     Args:
         model: the PeftModel.
-        num_slots: layers of the base model with keys of their own. PEFT also allots numbers to
-            layers that borrow keys, which come last, and does not use them.
+        slots: what the base model's layers with keys of their own are like. PEFT also allots
+            numbers to layers that borrow keys, which come last, and does not use them. Where
+            layers differ (Gemma 4), each takes the first of PEFT's numbers, or none if it has more.
     """
 
-    def __init__(self, model: PeftModel, num_slots: int) -> None:
+    def __init__(self, model: PeftModel, slots: Sequence[LayerShape]) -> None:
         self.model = model
-        self.num_slots = num_slots
+        self.slots = list(slots)
         self._traced: tuple[Sequence[str] | None, ...] = ()  # the same, for a compiler
         self._ready: Kept[PrefixBatch] = Kept()
         self._ready_for: Any = None
@@ -133,27 +140,41 @@ class PeftSource:
             split_layers(nn.functional.pad(x, (0, 0, 0, most - len(x))), self._shapes(name))
             for name, x in zip(names, flats, strict=True)
         ]
-        pairs = [
-            tuple(torch.stack([e[layer][half] for e in entries]) for half in (0, 1))
-            if len(entries) > 1
-            else tuple(x[None] for x in entries[0][layer])
-            for layer in self._layers(names[0], len(entries[0]))
-        ]
-        return PrefixBatch(cast("list[tuple[Tensor, Tensor]]", pairs), index, lengths)
+        pairs: list[tuple[Tensor, Tensor] | None] = []
+        for slot, layer in enumerate(self._layers(names[0], len(entries[0]))):
+            halves = zip(*(entry[layer] for entry in entries), strict=True)
+            key, value = (torch.stack(x) if len(x) > 1 else x[0][None] for x in halves)
+            shape = self._fitted(slot, names[0])
+            if shape is None:
+                pairs.append(None)
+            else:
+                heads = shape.num_heads
+                pairs.append(
+                    (key[:, :heads, :, : shape.key_dim], value[:, :heads, :, : shape.value_dim])
+                )
+        return PrefixBatch(pairs, index, lengths)
 
     def _layers(self, name: str, count: int) -> list[int]:
         """Where in PEFT's order each of our layers has its prefix."""
         if self.model.peft_config[name].num_transformer_submodules == 1:
-            return list(range(min(count, self.num_slots)))
+            return list(range(min(count, len(self.slots))))
         # For an encoder-decoder PEFT doubles the layers and gives each decoder layer two of them.
-        return [(2 * layer) % count for layer in range(self.num_slots)]
+        return [(2 * layer) % count for layer in range(len(self.slots))]
 
     @property
     def layer_shapes(self) -> list[LayerShape | None]:
         """What the active adapter holds, per slot."""
         active = self.model.active_adapter
-        shapes = self._shapes(active)
-        return [shapes[layer] for layer in self._layers(active, len(shapes))]
+        count = len(self._layers(active, self.model.peft_config[active].num_layers))
+        return [self._fitted(slot, active) for slot in range(count)]
+
+    def _fitted(self, slot: int, name: str) -> LayerShape | None:
+        """What a slot takes of the adapter's numbers; None: it needs more than there are."""
+        held, wanted = self._shapes(name)[0], self.slots[slot]
+        if len(set(self.slots)) == 1:
+            return held
+        fits = all(need <= have for need, have in zip(wanted, held, strict=True))
+        return wanted if fits else None
 
     def _shapes(self, name: str) -> list[LayerShape]:
         config = self.model.peft_config[name]
@@ -195,6 +216,25 @@ class PeftSource:
                 self._traced = traced
             else:
                 _calls.running = running
+
+
+def _say_what_is_skipped(source: PeftSource, sites: Sequence[Site]) -> None:
+    """Name the layers that PEFT's prefix is too narrow for.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    shapes = source.layer_shapes
+    pairs = zip(sites, shapes, strict=True)
+    skipped = [site.name for site, shape in pairs if shape is None]
+    if not skipped:
+        return
+    if len(skipped) == len(sites):
+        raise ValueError(
+            f"the prefix is too narrow for every layer, {sites[0].layer_shape} and more: override "
+            " token_dim and num_attention_heads in PrefixTuningConfig"
+        )
+    warnings.warn(f"the prefix is too narrow for {skipped}, which have none", stacklevel=5)
 
 
 def _has_prefix(model: PeftModel) -> bool:

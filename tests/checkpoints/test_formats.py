@@ -300,6 +300,32 @@ def test_what_is_there_stays_where_converting_fails(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_only_a_prefix_is_overwritten(tmp_path: Path) -> None:
+    save(plain(), tmp_path / "a", "peft")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"more than a prefix: \['thesis.tex'\]"):
+        convert(tmp_path / "a", tmp_path / "mine", "prefixattn", overwrite=True)
+    with pytest.raises(FileExistsError, match="which is read"):
+        convert(tmp_path / "a", tmp_path, "prefixattn", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+    convert(tmp_path / "a", tmp_path / "b", "prefixattn")
+    convert(tmp_path / "a", tmp_path / "b", "ptuning-v2", overwrite=True)
+    assert recognise(tmp_path / "b") == "ptuning-v2"
+
+
+@pytest.mark.parametrize("name", ["peft", "peft-cartridge", "ptuning-v2", "adapterhub"])
+def test_digits_are_not_lost(tmp_path: Path, name: str) -> None:
+    prefix = kept() if name == "adapterhub" else plain()
+    prefix.double()
+    save(prefix, tmp_path / "whole", name)  # float32 holds these numbers
+    with torch.no_grad():
+        prefix.keys[0].add_(1e-12)
+    with pytest.raises(ValueError, match="lose digits"):
+        save(prefix, tmp_path / "lost", name)
+    assert not (tmp_path / "lost").exists()
+
+
 @torch.no_grad()
 def test_positions_are_moved_on_the_way(tmp_path: Path) -> None:
     """From AdapterHub to PEFT: the same logits, up to the rounding of a rotation."""
@@ -352,6 +378,13 @@ def cartridge(path: Path, **changes: Any) -> None:
     hostile(path, content | {"frozen_keys": [], "frozen_values": []} | changes)
 
 
+def endless() -> list[Any]:
+    """A list that holds itself."""
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
 BAD_CARTRIDGES: dict[str, Callable[[Path], None]] = {
     "no pickle": lambda path: path.write_text("text") and None,
     "empty": lambda path: path.write_bytes(b"") and None,
@@ -370,6 +403,15 @@ BAD_CARTRIDGES: dict[str, Callable[[Path], None]] = {
     "another length": lambda path: cartridge(path, trainable_keys=[torch.zeros(1, 4, 2, 8)] * 2),
     "fewer layers": lambda path: cartridge(path, trainable_values=[torch.zeros(1, 4, P, 8)]),
     "more than its numbers": lambda path: cartridge(path, trainable_keys=[huge(), huge()]),
+    "a list of itself": lambda path: cartridge(path, trainable_keys=endless()),
+    "no numbers": lambda path: cartridge(
+        path, trainable_keys=[torch.empty(1, 4, P, 8, device="meta")] * 2
+    ),
+    "sparse": lambda path: cartridge(path, trainable_keys=[torch.zeros(1, 4, P, 8).to_sparse()]),
+    "eight bits": lambda path: cartridge(
+        path, trainable_keys=[torch.zeros(1, 4, P, 8).to(torch.float8_e4m3fn)] * 2
+    ),
+    "a million layers": lambda path: cartridge(path, trainable_keys=[torch.zeros(1)] * 1_000_000),
     "all frozen": lambda path: cartridge(path, trainable_keys=[], trainable_values=[]),
 }
 
