@@ -137,11 +137,11 @@ def _base_model(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
     config = transformers.AutoConfig.from_pretrained(folder)
-    kinds = [getattr(transformers, str(name), None) for name in config.architectures or []]
-    models = [
-        k for k in kinds if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)
-    ]
-    return (models or [transformers.AutoModel])[0].from_pretrained(folder)
+    for name in config.architectures or []:
+        found: Any = getattr(transformers, str(name), None)
+        if hasattr(found, "from_pretrained"):
+            return found.from_pretrained(folder)
+    return transformers.AutoModel.from_pretrained(folder)
 
 
 def _version(package: str) -> str:

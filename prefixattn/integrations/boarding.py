@@ -104,7 +104,9 @@ class Boarding:
         with nullcontext() if compiling else forward(_continues(cached, inputs)):
             batches = self._batches(stack, kwargs)
             entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
-        carrier = Carrier(entries, spans, self.slots, text, self.options, unpadded=unpadded)
+        mask = by_key(kwargs.get("attention_mask"))
+        mask = self.caller.mask if mask is None and self.caller is not None else mask
+        carrier = Carrier(entries, spans, self.slots, text, self.options, mask, unpadded=unpadded)
         self.current = carrier
         if self.takes_keywords:
             kwargs[KEYWORD] = carrier
@@ -269,10 +271,11 @@ def _span(cache: Any, slot: Slot, length: int) -> Span:
     key_length, start = cache.get_mask_sizes(length, slot.cache_layer)
     offset = cache.get_query_offset(slot.cache_layer)
     if isinstance(offset, Tensor):
-        return Span(key_length, offset.clone() - start)  # the layer adds to its counter in place
+        # The layer adds to its counter in place.
+        return Span(key_length, offset.clone() - start, start)
     if offset - start + length == key_length:
-        return Span(key_length, None)
-    return Span(key_length, offset - start)
+        return Span(key_length, None, start)
+    return Span(key_length, offset - start, start)
 
 
 def _continues(cached: int | Tensor, inputs: Tensor) -> bool:

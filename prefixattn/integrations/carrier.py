@@ -22,11 +22,13 @@ CAUSAL = "prefixattn_causal"
 class Span(NamedTuple):
     """Where the keys of one layer lie: how many there are, and which one is query 0's own.
 
-    ``query_offset`` None is the last ``M`` of them; static caches give a tensor.
+    ``query_offset`` None is the last ``M`` of them; static caches give a tensor. ``dropped`` keys
+    were before them, which a sliding cache has let go.
     """
 
     key_length: int
     query_offset: int | Tensor | None
+    dropped: int | Tensor = 0
 
 
 class Slot(NamedTuple):
@@ -93,6 +95,7 @@ class Carrier:
         slots: Sequence[Slot],
         positions: Tensor,
         options: Options,
+        mask: Tensor | None,
         *,
         unpadded: bool,
     ) -> None:
@@ -101,6 +104,7 @@ class Carrier:
         self.slots = slots
         self.positions = positions  # [B or 1, M] of the text, unshifted
         self.options = options
+        self.mask = mask  # [B, N] of all the text, as the caller gave it
         self.unpadded = unpadded  # a mask [B, N] hides nothing
         self.attend = Repeated()
         self.kept: dict[object, tuple[Tensor, object]] = {}  # what layers that see alike share

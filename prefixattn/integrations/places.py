@@ -21,9 +21,13 @@ class Caller(NamedTuple):
 
 
 def by_key(mask: Any) -> Tensor | None:
-    """The mask ``[B, N]``, or that among those by kind of layer, which static caches have."""
-    masks = mask.values() if isinstance(mask, dict) else [mask]
-    return next((x for x in masks if isinstance(x, Tensor) and x.ndim == 2), None)
+    """The mask ``[B, N]``, or the widest of those by kind of layer, which static caches have."""
+    widest: Tensor | None = None
+    for found in mask.values() if isinstance(mask, dict) else [mask]:
+        if isinstance(found, Tensor) and found.ndim == 2:
+            if widest is None or found.shape[1] > widest.shape[1]:
+                widest = found
+    return widest
 
 
 class Places:

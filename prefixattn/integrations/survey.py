@@ -68,6 +68,7 @@ class _Recording:
     slots: dict[tuple[str, int], int] = field(default_factory=dict)  # address of a key -> its slot
     windows: dict[int, int | None] = field(default_factory=dict)  # id of a mask -> its window
     masks: list[Tensor | None] = field(default_factory=list)  # keeps those ids from other use
+    masked: set[tuple[int, int]] = field(default_factory=set)  # queries and keys of those
     layers: list[tuple[nn.Module, bool]] = field(default_factory=list)  # those that run now
 
 
@@ -116,6 +117,9 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
         with torch.inference_mode(False), torch.no_grad():
             model.base_model(**inputs, use_cache=False)
     _check_sites(model, recording.sites)
+    met = {site.part for site in recording.sites}
+    for missed in {lengths[size] for size in recording.masked if size in lengths} - met:
+        raise refusal(model, f"its {missed} asks for masks, and then attends by itself")
     return recording.sites
 
 
@@ -216,7 +220,8 @@ def _record_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Te
     recording = _recording.get()
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     mask = sdpa_mask(*args, local_size=local_size, **kwargs)
-    if recording is not None:
+    if recording is not None and mask is not None:
+        recording.masked.add((mask.shape[2], mask.shape[3]))
         recording.windows[id(mask)] = local_size
         recording.masks.append(mask)
     return mask

@@ -69,7 +69,7 @@ def by_place(
             visible if seat is None else seat.once("mask", mask, lambda: visible)
         )
         if seat is not None and seat.slot.window is not None:
-            arguments["key_start"] = seat.once("start", mask, lambda: _start(mask, key))
+            arguments["key_start"] = seat.once("start", mask, lambda: _start(seat, mask, key))
     return arguments
 
 
@@ -111,14 +111,17 @@ def places_of(entry: Entry, device: torch.device) -> Tensor:
     return token - lengths[:, None, None, None]
 
 
-def _start(mask: Tensor | None, key: Tensor) -> Tensor:
+def _start(seat: Seat, mask: Tensor, key: Tensor) -> Tensor:
     """``[B]``: the first real token of each row, where the prefix ends.
 
     A sliding cache may have dropped it: then index 0 stands in, which no prefix token reaches
-    either.
+    either. What is masked behind it is no padding.
     """
-    assert mask is not None
-    return mask.int().argmax(dim=1).expand(key.shape[0])
+    whole, dropped = seat.carrier.mask, seat.span.dropped
+    if whole is None or whole.shape[1] == mask.shape[1]:  # nothing was dropped, or of it, too
+        whole, dropped = mask, 0
+    first = (whole.to(mask.device) != 0).int().argmax(dim=1)
+    return (first - dropped).clamp(min=0).expand(key.shape[0])
 
 
 def _in_chunks(query: Tensor, key: Tensor, mask: Tensor | None, seat: Seat) -> dict[str, Any]:
