@@ -24,9 +24,9 @@ def by_key(mask: Any) -> Tensor | None:
     """The mask ``[B, N]``, or the widest of those by kind of layer, which static caches have."""
     widest: Tensor | None = None
     for found in mask.values() if isinstance(mask, dict) else [mask]:
-        if isinstance(found, Tensor) and found.ndim == 2:
-            if widest is None or found.shape[1] > widest.shape[1]:
-                widest = found
+        flat = isinstance(found, Tensor) and found.ndim == 2
+        if flat and (widest is None or found.shape[1] > widest.shape[1]):
+            widest = found
     return widest
 
 
