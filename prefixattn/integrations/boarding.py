@@ -176,7 +176,7 @@ class Boarding:
         """Each slot's entry; the text is moved behind the prefix that stands before it."""
         places, text, cached = where
         device = inputs.device.type
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         else:
             dtype = stack.dtype

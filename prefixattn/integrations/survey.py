@@ -93,7 +93,8 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     """
     model = check_model(model)
     embeddings = input_embeddings(model)
-    device = model.device if embeddings is None else next(embeddings.parameters()).device
+    owner = model if embeddings is None else embeddings
+    device = offloaded_to(owner) or next(owner.parameters()).device
     ids = torch.tensor([[0, 1]]) if input_ids is None else input_ids
     inputs, lengths = _inputs(model, ids.to(device), part)
     recording = _Recording(
@@ -191,7 +192,7 @@ def check_model(model: Any) -> PreTrainedModel:
         raise ValueError(
             f"{type(model).__name__} has a prefix attached already: prefixattn.detach(model)"
         )
-    if model.device.type == "meta":
+    if model.device.type == "meta" and not any(map(offloaded_to, model.modules())):
         raise refusal(model, "it is on the meta device: load its weights first")
     config = model.config.get_text_config()
     if model.main_input_name != "input_ids":
@@ -204,6 +205,12 @@ def check_model(model: Any) -> PreTrainedModel:
     if unusual:
         raise refusal(model, f"its layers of type {sorted(unusual)} cannot carry a prefix")
     return model
+
+
+def offloaded_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings a module's weights for its forward, which are on meta in between."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if device is None else torch.device(device)
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
