@@ -179,6 +179,40 @@ class Repeated:
 
     def __init__(self) -> None:
         self._runs: dict[object, quick.Run | None] = {}  # a run keeps its tensors, and so their ids
+        self._last: tuple[object, quick.Run] | None = None  # of plain calls: what they were like
+
+    def plainly(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        is_causal: bool,
+        scale: float | None,
+        implementation: str,
+    ) -> Tensor:
+        """`prefix_attention` without any other argument.
+
+        What watches operators is looked for once: it does not come or go within a forward.
+        """
+        tensors = (query, key, value, prefix_key, prefix_value)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            options: dict[str, Any] = {"is_causal": is_causal, "scale": scale}
+            out = prefix_attention(*tensors, implementation=implementation, **options)
+            assert isinstance(out, Tensor)  # and not the pair that return_lse gives
+            return out
+        like = quick.likeness(*tensors), is_causal, scale
+        if self._last is not None and self._last[0] == like:
+            return self._last[1](*tensors, with_lse=False)[0]
+        run = None
+        if quick.takes(*tensors):
+            given = (is_causal, scale, implementation)
+            run = quick.run_for(*tensors, given, _prepare_plain)
+        if run is None:
+            return self(*tensors, is_causal=is_causal, scale=scale, implementation=implementation)
+        self._last = like, run
+        return run(*tensors, with_lse=False)[0]
 
     def __call__(
         self,

@@ -111,17 +111,18 @@ def _attend_plainly(
 ) -> Tensor:
     """The short way of most layers: nothing but a prefix, a sequence, and perhaps causality."""
     _check_length(module, key, seat.span)
-    out = prefix_attention(
+    prefix_key, prefix_value = _prefix_of(seat.entry, key, value)
+    carrier = seat.carrier
+    return carrier.attend.plainly(
         query,
         key,
         value,
-        *_prefix_of(seat.entry, key, value),
-        is_causal=seat.slot.causal,
-        scale=scale,
-        implementation=seat.carrier.options.implementation,
+        prefix_key,
+        prefix_value,
+        seat.slot.causal,
+        scale,
+        carrier.options.implementation,
     )
-    assert isinstance(out, Tensor)  # and not the pair that return_lse gives
-    return out
 
 
 def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:

@@ -187,6 +187,30 @@ def test_repeated_calls_follow_the_rows_that_read_a_prefix() -> None:
             repeated(query, keys, keys, bank, bank, prefix_index=index, is_causal=True)
 
 
+@torch.no_grad()
+def test_what_a_forwards_layers_repeat_follows_every_change() -> None:
+    """The last call is made again only where nothing but numbers and addresses are new."""
+    repeated = Repeated()
+    room = torch.randn(2, 2, 9, 8)
+    calls: list[tuple[Any, ...]] = []
+    for length in (6, 6, 9):
+        for keys in (room[:, :, :length], room[:, :, :length].clone()):
+            for queries in (1, 3):
+                for prefix in (torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)):
+                    query = torch.randn(2, queries, 4, 8).transpose(1, 2)
+                    calls.append((query, keys, keys.flip(1), prefix, prefix))
+    for tensors in calls:
+        for causal, scale in ((True, None), (True, 0.5), (False, 0.5)):
+            for inputs in (tensors, tuple(x.bfloat16() for x in tensors)):
+                found = repeated.plainly(*inputs, causal, scale, "auto")
+                options: dict[str, Any] = {"is_causal": causal, "scale": scale}
+                assert torch.equal(found, prefix_attention(*inputs, **options))
+    negative = (calls[0][0], *(torch._neg_view(x) for x in calls[0][1:3]), *calls[0][3:])
+    repeated.plainly(*calls[0], True, None, "auto")
+    found = repeated.plainly(*negative, True, None, "auto")
+    assert torch.equal(found, prefix_attention(*negative, is_causal=True))
+
+
 def test_it_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quick, "MOST", 3)
     for length in range(1, 9):
