@@ -205,17 +205,17 @@ class PeftSource:
             if name != BASE and model.peft_config[name].peft_type not in TYPES:
                 raise NotImplementedError(f"adapter_names: {name!r} is not a prefix")
         chosen = None if names is None else list(names)
+        # A compiler cannot read what belongs to a thread; generate may compile the base alone.
+        traced, self._traced = self._traced, (*self._traced, chosen)
         if torch.compiler.is_compiling():
-            traced, self._traced = self._traced, (*self._traced, chosen)
-        else:
-            running, _calls.running = _calls.running, (*_calls.running, (self, chosen))
+            yield
+            self._traced = traced
+            return
+        running, _calls.running = _calls.running, (*_calls.running, (self, chosen))
         try:
             yield
         finally:
-            if torch.compiler.is_compiling():
-                self._traced = traced
-            else:
-                _calls.running = running
+            _calls.running, self._traced = running, traced
 
 
 def _say_what_is_skipped(source: PeftSource, sites: Sequence[Site]) -> None:

@@ -319,6 +319,22 @@ def test_what_is_refused(llama: Any, attach: Any, model_of: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_base_that_generate_compiles(llama: Any, attach: Any) -> None:
+    """As transformers does by itself on a GPU, with a static cache: the base's forward alone."""
+    model = tuned(llama.model)
+    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight)
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    plain = model.base_model.generate(input_ids=llama.input_ids, **greedy)
+    expected = model.generate(input_ids=llama.input_ids, **greedy)
+    attach(model)
+    base = model.base_model
+    base.forward = torch.compile(base.forward, backend="eager")
+    assert torch.equal(model.generate(input_ids=llama.input_ids, **greedy), expected)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(base.generate(input_ids=llama.input_ids, **greedy), plain)
+
+
+@torch.no_grad()
 def test_an_adapter_for_each_row(llama: Any, attach: Any) -> None:
     """Prefixes of different lengths, and none, in one batch and for every beam of a row."""
     model = tuned(llama.model)
