@@ -45,6 +45,13 @@ struct Store {
     return sums;
   }
 
+  // Adds the thread's sums to an owner's part.
+  void add(int64_t owner, int64_t part, const Sums<Sum>& more, int64_t used) const {
+    const Sums<Sum> sums = of(owner, part);
+    for (int64_t i = 0; sums.key && i < used * key_width; ++i) sums.key[i] += more.key[i];
+    for (int64_t i = 0; sums.value && i < used * value_width; ++i) sums.value[i] += more.value[i];
+  }
+
   // Writes an owner's gradient: the first `used` slots, from token `first` of its tensors on.
   void write(int64_t owner, int64_t batch, int64_t head, int64_t first, int64_t used) const {
     const Sums<Sum> sums = of(owner, 0);
@@ -76,6 +83,7 @@ class Strands {
   Strands(const Arguments& a, const Schedule& s, std::atomic<bool>& failed)
       : arguments_(a), schedule_(s), failed_(failed), shared_(failed),
         prefix_(a, a.dprefix_key, a.dprefix_value, a.prefix_tokens, s.slices * s.parts),
+        run_(a, a.dprefix_key, a.dprefix_value, a.prefix_tokens, 1),
         rows_(a, a.dkey, a.dvalue, a.keys, s.parts) {
     if (!prefix_.whole()) prefix_.plan(shared_, strands());
     if (!rows_.whole()) rows_.plan(shared_, a.rows * a.key_heads);
@@ -86,8 +94,9 @@ class Strands {
     Queue queue{strands() * schedule_.slices * schedule_.parts};
     on_threads(schedule_.threads, [&] {
       Arena arena(failed_);
-      Worker worker{Backward<T>(arguments_, arena), prefix_, rows_};
+      Worker worker{Backward<T>(arguments_, arena), prefix_, run_, rows_};
       if (prefix_.whole()) worker.prefix.plan(arena, 1);
+      worker.run.plan(arena, 1);
       if (rows_.whole()) worker.rows.plan(arena, 1);
       if (!arena.reserve()) return;
       for (int64_t task; !failed_ && queue.take(task);) walk(worker, task);
@@ -98,8 +107,12 @@ class Strands {
  private:
   struct Worker {
     Backward<T> backward;
-    Store<T> prefix, rows;
+    Store<T> prefix, run, rows;
   };
+
+  // Blocks whose gradients are summed before they meet the sum of all: one sum over the queries of
+  // a large batch would err as their number, two err as its root.
+  static constexpr int64_t kRun = 32;
 
   int64_t strands() const { return int64_t(schedule_.sharers.size()) * arguments_.key_heads; }
   const Sharers& group(int64_t strand) const {
@@ -112,10 +125,15 @@ class Strands {
     const int64_t key_head = strand % arguments_.key_heads;
     const Sharers& sharers = group(strand);
     const int64_t count = sharers.last - sharers.first;
-    const auto sums = worker.prefix.cleared(strand, piece, arguments_.prefix_tokens);
-    for (int64_t i = slice * count / slices; i < (slice + 1) * count / slices; ++i) {
-      const Row row = row_of(arguments_, schedule_.order[size_t(sharers.first + i)]);
-      walk_row(worker, row, key_head, piece % parts, sums);
+    const int64_t tokens = arguments_.prefix_tokens, last = (slice + 1) * count / slices;
+    worker.prefix.cleared(strand, piece, tokens);
+    for (int64_t i = slice * count / slices; i < last;) {
+      const auto sums = worker.run.cleared(0, 0, tokens);
+      for (int64_t blocks = 0; i < last && blocks < kRun; ++i, blocks += schedule_.blocks) {
+        const Row row = row_of(arguments_, schedule_.order[size_t(sharers.first + i)]);
+        walk_row(worker, row, key_head, piece % parts, sums);
+      }
+      worker.prefix.add(strand, piece, sums, tokens);
     }
     if (prefix_.whole()) write_prefix(worker.prefix, strand);
   }
@@ -166,7 +184,7 @@ class Strands {
   const Schedule& schedule_;
   std::atomic<bool>& failed_;
   Arena shared_;
-  Store<T> prefix_, rows_;
+  Store<T> prefix_, run_, rows_;
 };
 
 // The gradient of one half's bias. It may be shared by any dimensions, so the tasks are tiles of

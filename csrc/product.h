@@ -94,15 +94,7 @@ constexpr int kPanelVectors = 2;
 template <int rows, int vectors, class Sum, class Unit>
 inline void panel(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_stride,
                   int64_t depth, Start start, const Sum* factors) {
-  Vector<Sum> sums[rows][vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < vectors; ++j) {
-      const int lane = j * kLanes<Sum>;
-      sums[i][j] = start == Start::zero ? Vector<Sum>{} : load(c + i * c_stride + lane);
-      if (start == Start::scaled) sums[i][j] *= load(factors + lane);
-    }
+  Vector<Sum> sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k)
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
@@ -110,10 +102,17 @@ inline void panel(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t
       for (int j = 0; j < vectors; ++j)
         sums[i][j] = multiply_add(sums[i][j], a.data + i * a.row_stride + k * a.depth_stride,
                                   b + k * b_stride + j * kLanes<Sum>);
+  // C comes last: a product's small terms are summed before they meet what may be a large number.
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < vectors; ++j) store(c + i * c_stride + j * kLanes<Sum>, sums[i][j]);
+    for (int j = 0; j < vectors; ++j) {
+      const int lane = j * kLanes<Sum>;
+      Sum* const to = c + i * c_stride + lane;
+      if (start == Start::sum) sums[i][j] += load(to);
+      if (start == Start::scaled) sums[i][j] += load(to) * load(factors + lane);
+      store(to, sums[i][j]);
+    }
 }
 
 template <int vectors, class Sum, class Unit>

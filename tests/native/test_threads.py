@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from prefixattn import build, prefix_attention
-from prefixattn.testing import Case, Inputs, evaluate, make_inputs, poisoned_memory
+from prefixattn.testing import (
+    Case,
+    Inputs,
+    assert_within_budget,
+    evaluate,
+    make_inputs,
+    poisoned_memory,
+    run_implementation,
+)
 
 LONGEST = 120  # seconds that anything may take
 TASKS = Path("/proc/self/task")
@@ -25,6 +33,7 @@ TRAINING = Case("training", B=5, H=2, H_kv=1, M=70, N=70, P=200, D=64)
 ONE_ROW = Case("one-row", B=1, H=4, H_kv=1, M=300, N=300, P=200, D=64)
 DECODE = Case("decode", B=2, H=4, H_kv=1, M=1, N=1500, P=1500, D=128)
 SMALL = Case("small", M=40, N=40, P=16, D=64)
+MANY_ROWS = Case("many-rows", B=96, H=6, H_kv=1, M=64, N=64, P=16, D=32)
 
 SetThreads = Callable[[int], None]
 
@@ -80,6 +89,14 @@ def test_the_same_number_of_threads_gives_the_same_bits(
         set_threads(threads)
         first = results(inputs)
         assert all(same(first, results(inputs)) for _ in range(4))
+
+
+def test_one_thread_sums_a_large_batch_as_exactly_as_eager(set_threads: SetThreads) -> None:
+    """Here one sum over all rows' queries would err more than the budget allows."""
+    set_threads(1)
+    inputs = make_inputs(MANY_ROWS, torch.float32)
+    got = evaluate(inputs, run_implementation("cpu"), with_lse_gradient=False)
+    assert_within_budget(got, inputs, with_lse_gradient=False)
 
 
 REPEATS = """
@@ -147,10 +164,10 @@ def test_inside_a_parallel_region_it_takes_no_more_threads(set_threads: SetThrea
     expected, found = prefix_attention(**inputs, implementation="cpu"), []
     region = ctypes.CDLL(None).GOMP_parallel  # the OpenMP runtime that torch brought
     job = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
-        lambda _: found.append(prefix_attention(**inputs, implementation="cpu"))
+        lambda _: found.extend(prefix_attention(**inputs, implementation="cpu") for _ in range(6))
     )
     assert workers(lambda: region(job, None, 2, 0)) == 2
-    assert len(found) == 2
+    assert len(found) == 12
     assert all(torch.equal(expected, each) for each in found)
 
 
