@@ -183,6 +183,7 @@ def no_cache(s: Specimen) -> str | None:
 
 @torch.no_grad()
 def decode_loop(s: Specimen) -> str | None:
+    s.ask(lambda m: m(input_ids=s.source, decoder_input_ids=s.targets, use_cache=True))
     model, cache, found = s.attached(), None, []
     for piece in s.targets.split([4, 2, 1], dim=1):
         inputs = {"input_ids": s.source, "decoder_input_ids": piece}
