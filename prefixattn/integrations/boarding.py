@@ -1,6 +1,5 @@
 """The hook on a stack of layers: move the text, and put the prefix among the keywords."""
 
-import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
-from prefixattn.integrations.places import Caller, Places, by_key
+from prefixattn.integrations.places import Caller, Places, argument_names, by_key
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.kept import forward
@@ -122,8 +121,7 @@ class Boarding:
     ) -> None:
         """Before a model around the stack runs: what its caller says of padding and places."""
         if args:
-            names = list(inspect.signature(type(model).forward).parameters)[1:]
-            kwargs = dict(zip(names, args, strict=False)) | kwargs
+            kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
         mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
         self.caller = Caller(by_key(mask), places is not None)
 

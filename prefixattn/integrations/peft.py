@@ -232,7 +232,7 @@ def _say_what_is_skipped(source: PeftSource, sites: Sequence[Site]) -> None:
     if len(skipped) == len(sites):
         raise ValueError(
             f"the prefix is too narrow for every layer, {sites[0].layer_shape} and more: override "
-            " token_dim and num_attention_heads in PrefixTuningConfig"
+            "token_dim and num_attention_heads in PrefixTuningConfig"
         )
     warnings.warn(f"the prefix is too narrow for {skipped}, which have none", stacklevel=5)
 

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,17 @@ def by_key(mask: Any) -> Tensor | None:
     return widest
 
 
+def argument_names(module: nn.Module) -> list[str]:
+    """What a module's forward takes, in order."""
+    kind: Any = type(module)
+    return _argument_names(kind)
+
+
+@cache
+def _argument_names(kind: Any) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
 class Places:
     """What is known of a stack's positions once and for all.
 
@@ -44,7 +56,7 @@ class Places:
     def __init__(self, stack: PreTrainedModel, causal: bool) -> None:
         self.causal = causal
         self.kind = type(stack).__name__
-        self.names = list(inspect.signature(type(stack).forward).parameters)[1:]
+        self.names = argument_names(stack)
         self.takes_ids = "position_ids" in self.names
         self.added = _table_size(stack)
         self.table = _turning_size(stack) if self.added is None else self.added
@@ -80,15 +92,19 @@ class Places:
             return given
         if self.numbering is not None:
             return self.numbering(kwargs, cached)
-        places = torch.arange(inputs.shape[1], device=inputs.device) + cached  # [M]
+        length = inputs.shape[1]
+        if isinstance(cached, int):
+            places = torch.arange(cached, cached + length, device=inputs.device)
+        else:
+            places = torch.arange(length, device=inputs.device) + cached
         mask = by_key(kwargs.get("attention_mask"))
         if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
             mask = caller.mask
         if not self.causal or mask is None:
             return places[None]
-        if isinstance(cached, int) and mask.shape[1] < cached + inputs.shape[1]:
+        if isinstance(cached, int) and mask.shape[1] < cached + length:
             raise ValueError(
-                f"attention_mask must cover the {cached} cached and {inputs.shape[1]} new tokens, "
+                f"attention_mask must cover the {cached} cached and {length} new tokens, "
                 f"got {tuple(mask.shape)}"
             )
         mask = mask.to(inputs.device) != 0
@@ -119,8 +135,7 @@ class Places:
         """Before a table that counts from the cache is read: count the prefix too."""
         if self.moved is None:
             return None
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(argument_names(module), args, strict=False)) | kwargs
         name = "past_key_values_length" if given.get("position_ids") is None else "position_ids"
         given[name] = given.get(name, 0) + self._shift_of_all()
         return (), given
@@ -267,7 +282,7 @@ def _tables(stack: PreTrainedModel) -> list[nn.Module]:
     found = []
     for name, module in _own_modules(stack):
         if _embeds_positions(name):
-            names = inspect.signature(type(module).forward).parameters
+            names = argument_names(module)
             if isinstance(module, nn.Embedding) or "past_key_values_length" in names:
                 found.append(module)
     return found
@@ -290,7 +305,7 @@ class _Numbering:
 
 
 def _numbering(stack: PreTrainedModel) -> _Numbering | None:
-    names = inspect.signature(type(stack).forward).parameters
+    names = argument_names(stack)
     for name, module in _own_modules(stack):
         count = getattr(module, "create_position_ids_from_input_ids", None)
         if count is None and not hasattr(module, "create_position_ids_from_inputs_embeds"):
@@ -311,6 +326,6 @@ def _counts_mask(stack: PreTrainedModel) -> bool:
     """Whether the model's positions count the mask, gaps included (OPT's family)."""
     return any(
         isinstance(module, nn.Embedding)
-        and "attention_mask" in inspect.signature(type(module).forward).parameters
+        and "attention_mask" in argument_names(module)
         for _, module in _own_modules(stack)
     )
