@@ -2,8 +2,9 @@
 
 Models so narrow that Python and the framework take most of their time, and a wider one, run without
 a prefix, with a text of the prefix's length in its KV cache, by stock PEFT, and by ours (one prefix
-for all rows, and a bank with one for each). All start from the same text, so that their logits are
-compared before anything is timed. Rounds are interleaved, in milliseconds.
+for all rows, and a bank with one for each). Each way has a model of its own, and decodes a few
+tokens in a row as generation does. All start from the same text, so that their logits are compared
+before anything is timed. Rounds are interleaved, in milliseconds for one forward or one token.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from prefixattn import Prefix, PrefixBank, attach
 from prefixattn.checkpoints import save_peft
 
 PROMPT = 16
+TOKENS = 8  # that are decoded in a row
 NARROW, WIDE = 64, 512
 BATCHES = (1, 8)
 # Layers, hidden size and prefix tokens.
@@ -76,11 +78,12 @@ def ways(layers: int, hidden: int, prefix_length: int, folder: Path) -> dict[str
     attach(ours, prefix)
     attach(banked, PrefixBank([prefix, copy.deepcopy(prefix)]))
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(stock), str(folder)).eval()
-    return {"stock": stock, "PEFT": by_peft, "ours": ours, "bank": banked, "text": text}
+    models = {"no prefix": stock, "text in cache": copy.deepcopy(stock)}
+    return models | {"PEFT": by_peft, "ours": ours, "ours, bank": banked, "text": text}
 
 
 def decoding(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor]]:
-    """One more token a call, each way with its own cache."""
+    """A few more tokens a call, each way with its own cache."""
     text, prompt = models["text"].expand(rows, -1), torch.arange(2, 2 + PROMPT).expand(rows, -1)
     token = torch.full((rows, 1), 7)
 
@@ -88,7 +91,8 @@ def decoding(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor
         cache = model(input_ids=start, use_cache=True).past_key_values
 
         def step() -> Tensor:
-            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            for _ in range(TOKENS):
+                out = model(input_ids=token, past_key_values=cache, use_cache=True)
             return out.logits
 
         return step
@@ -102,31 +106,27 @@ def decoding(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor
 
         def step() -> Tensor:
             nonlocal mask
-            out = base(input_ids=token, past_key_values=cache, attention_mask=mask, use_cache=True)
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            given = {"past_key_values": cache, "use_cache": True}
+            for _ in range(TOKENS):
+                out = base(input_ids=token, attention_mask=mask, **given)
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             return out.logits
 
         return step
 
-    return {
-        "no prefix": steps(models["stock"], prompt),
-        "text in cache": steps(models["stock"], torch.cat([text, prompt], dim=1)),
-        "PEFT": peft_steps(),
-        "ours": steps(models["ours"], prompt),
-        "ours, bank": steps(models["bank"], prompt),
-    }
+    behind = torch.cat([text, prompt], dim=1)
+    found = {name: steps(models[name], prompt) for name in NAMES if name != "PEFT"}
+    return found | {"PEFT": peft_steps(), "text in cache": steps(models["text in cache"], behind)}
 
 
 def forwards(models: dict[str, Any], rows: int) -> dict[str, Callable[[], Tensor]]:
     """A forward of the prompt, without a cache of text."""
     prompt = torch.arange(2, 2 + PROMPT).expand(rows, -1)
-    found = {"no prefix": models["stock"], "PEFT": models["PEFT"], "ours": models["ours"]}
-    found["ours, bank"] = models["bank"]
 
     def forward(model: Any) -> Callable[[], Tensor]:
         return lambda: model(input_ids=prompt).logits
 
-    return {name: forward(model) for name, model in found.items()}
+    return {name: forward(models[name]) for name in NAMES if name != "text in cache"}
 
 
 def check(runs: dict[str, Callable[[], Tensor]]) -> None:
@@ -147,12 +147,16 @@ def measure(
     for (layers, hidden, length), batch in product(sizes, BATCHES):
         models = ways(layers, hidden, length, folder)
         size = {"layers": layers, "hidden": hidden, "P": length, "B": batch}
-        with models["bank"].prefixattn.use([row % 2 for row in range(batch)]):
-            for what, make in (("decoded token", decoding), ("forward", forwards)):
+        with models["ours, bank"].prefixattn.use([row % 2 for row in range(batch)]):
+            for what, make, count in (
+                ("decoded token", decoding, TOKENS),
+                ("forward", forwards, 1),
+            ):
                 runs = make(models, batch)
                 check(runs)
-                times: dict[str, Times] = interleaved(runs, rounds, seconds=20.0)
-                yield {"what": what, **size, "ms": times}
+                times = interleaved(runs, rounds, seconds=20.0)
+                each = {name: Times(*(ms / count for ms in found)) for name, found in times.items()}
+                yield {"what": what, **size, "ms": each}
 
 
 def main(

@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="show these families alone")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=120, help="seconds for one family")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one family")
     options = parser.parse_args()
     if options.only:
         chosen = [family for family in families() if family.name in options.only]
