@@ -159,6 +159,20 @@ def measure(
                 yield {"what": what, **size, "ms": each}
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table that README shows: medians, and ours over each of what it replaces."""
+    heads = ["", *COLUMNS, *NAMES, "ours / text in cache", "ours / PEFT"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" + "--:|" * (len(heads) - 1)]
+    for row in rows:
+        ms = {name: times[0] for name, times in row["ms"].items()}
+        cells = [row["what"], *(str(row[name]) for name in COLUMNS)]
+        cells += [f"{ms[name]:.3g}" if name in ms else "" for name in NAMES]
+        for peer in ("text in cache", "PEFT"):
+            cells.append(f"{ms['ours'] / ms[peer]:.2f}" if peer in ms else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of a row.", min=9)] = 60,
     quick: Annotated[bool, typer.Option("--quick", help="The smallest model only.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-README = Path(__file__).parents[2] / "README.md"
+from benchmarks import dropin
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -56,3 +60,15 @@ def test_block_runs(number: int) -> None:
         assert any(x.abs().sum() > 0 for x in prefix.parameters())
     if number == 1:
         assert names["prefix_key"].grad.shape == (3, 4, 32, 64)  # type: ignore[attr-defined]
+
+
+def test_the_cost_of_the_drop_in_is_what_was_measured() -> None:
+    results = json.loads((ROOT / "benchmarks/results/dropin-zen4-2cores.json").read_text())
+    assert dropin.markdown(results["rows"]) in README.read_text()
+
+
+def test_the_number_of_families_is_that_of_the_table() -> None:
+    page, results = ROOT / "docs/families.md", ROOT / "docs/families.json"
+    rows = re.findall(r"^\| .*✓.*$", page.read_text(), re.MULTILINE)
+    every = sum(map(len, json.loads(results.read_text())["families"].values()))
+    assert f"{len(rows)} of transformers' {every} text families" in README.read_text()
