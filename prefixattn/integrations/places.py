@@ -325,7 +325,6 @@ def _counts_on(count: Callable[..., Any]) -> bool:
 def _counts_mask(stack: PreTrainedModel) -> bool:
     """Whether the model's positions count the mask, gaps included (OPT's family)."""
     return any(
-        isinstance(module, nn.Embedding)
-        and "attention_mask" in argument_names(module)
+        isinstance(module, nn.Embedding) and "attention_mask" in argument_names(module)
         for _, module in _own_modules(stack)
     )
