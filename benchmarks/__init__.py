@@ -1,1 +1,1 @@
-"""Measurements of the operation: `make bench`. Tests compare what README says with them."""
+"""Measurements of the operation: `make bench`. Tests never import them."""

@@ -177,8 +177,14 @@ def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of a row.", min=9)] = 60,
     quick: Annotated[bool, typer.Option("--quick", help="The smallest model only.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the rows here, as JSON.")] = None,
+    show: Annotated[
+        Path | None, typer.Option(help="Measure nothing: the README's table of such a file.")
+    ] = None,
 ) -> None:
     """Time forwards and decoded tokens of a small model with and without a prefix."""
+    if show is not None:
+        typer.echo(markdown(json.loads(show.read_text())["rows"]))
+        return
     torch.set_num_threads(1)  # what is measured is Python, which has one
     transformers.logging.set_verbosity_error()
     table = Table("", *COLUMNS, *NAMES, title="milliseconds", title_justify="left")
