@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import hashlib
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -209,11 +208,18 @@ def _locked(place: Path) -> AbstractContextManager[object]:
 
 
 def _tidy(place: Path, key: str) -> None:
-    """Remove what interrupted builds left, a damaged library, and libraries long out of use."""
-    for folder in [*place.glob(".cpu-*"), *place.glob("cpu-*")]:
-        age = time.time() - folder.stat().st_mtime
-        if folder.name.startswith(".") or folder.name == key or age > UNUSED:
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what interrupted builds left, a damaged library, and libraries long out of use.
+
+    Each is renamed first: the compilers of a killed process live on, and write into its folder.
+    """
+    oldest = time.time() - UNUSED
+    libraries = place.glob("cpu-*")
+    unused = [each for each in libraries if each.name == key or each.stat().st_mtime < oldest]
+    leftovers = [*place.glob(".cpu-*"), *unused]
+    with tempfile.TemporaryDirectory(dir=place, prefix=".cpu-", ignore_cleanup_errors=True) as out:
+        for folder in leftovers:
+            with suppress(OSError):  # what cannot be removed harms nobody
+                os.replace(folder, Path(out) / folder.name)
 
 
 def _say(text: str) -> None:

@@ -238,6 +238,17 @@ def test_the_next_process_starts_clean_after_one_that_was_killed(sandbox: Sandbo
     assert list(sandbox.cache.glob(".cpu-*")) == []
 
 
+def test_what_an_orphaned_compiler_still_writes_into_goes_too(sandbox: Sandbox) -> None:
+    left = sandbox.home / ".cpu-killed"
+    left.mkdir()
+    code = f"import itertools\nfor n in itertools.count(): open(f'{left}/{{n}}', 'x')"
+    orphan = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    until(lambda: len(os.listdir(left)) > 50)
+    sandbox.start(f"build._tidy(Path({str(sandbox.home)!r}), 'cpu-key')").communicate(timeout=60)
+    assert "No such file or directory" in orphan.communicate(timeout=60)[1]
+    assert list(sandbox.home.iterdir()) == []
+
+
 def test_an_interrupt_ends_the_compilers_and_leaves_nothing(sandbox: Sandbox) -> None:
     sandbox.compile_on_go()
     process = sandbox.start(LIBRARY)
