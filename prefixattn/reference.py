@@ -45,7 +45,10 @@ def backward(
     lse: Tensor,
     wanted: tuple[str, ...],
 ) -> list[Tensor]:
-    """Gradients of the `wanted` arguments, by autograd through `forward`."""
+    """Gradients of the `wanted` arguments, by autograd through `forward`.
+
+    `out` and `lse` may be of a softmax over more keys than these, merged from several calls.
+    """
     leaves = {
         name: getattr(problem, name).detach().requires_grad_(name in wanted)
         for name in DIFFERENTIABLE
@@ -53,6 +56,8 @@ def backward(
     }
     with _autograd():
         results = forward(replace(problem, **leaves))
+    if problem.prefix_gate is None:
+        dout, dlse = _share_of(results, out, lse, dout, dlse)
     inputs = [leaves[name] for name in wanted]
     pairs = [
         (result, grad)
@@ -67,6 +72,26 @@ def backward(
         torch.zeros_like(leaf) if grad is None else grad
         for leaf, grad in zip(inputs, grads, strict=True)
     ]
+
+
+def _share_of(
+    own: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of these keys' own output and lse, for those of `out` and `lse`.
+
+    `out` is the sum of `share * own_out` over the calls that it was merged from, with
+    `share = exp(own_lse - lse)`.
+    """
+    own_out, own_lse = (x.detach() for x in own)
+    if torch.equal(own_out, out) and torch.equal(own_lse, lse):
+        return dout, dlse
+    share = torch.exp(own_lse - lse).masked_fill(own_lse == -torch.inf, 0)
+    through = torch.zeros_like(lse) if dlse is None else dlse
+    if dout is not None:
+        wide = dout.to(lse.dtype)
+        through = through + (wide * (own_out.to(lse.dtype) - out.to(lse.dtype))).sum(dim=-1)
+        dout = (wide * share[..., None]).to(dout.dtype)
+    return dout, share * through
 
 
 @contextmanager

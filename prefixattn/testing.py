@@ -242,18 +242,18 @@ def assert_within_budget(got: Results, inputs: Inputs, with_lse_gradient: bool =
     exact, plain = truth(inputs, with_lse_gradient), eager(inputs, with_lse_gradient)
     dtype = inputs["query"].dtype
     faults = [
-        _fault("out", got.out, exact.out, plain.out, dtype, OUTPUT),
-        _fault("lse", got.lse, exact.lse, plain.lse, dtype, OUTPUT),
+        over_budget("out", got.out, exact.out, plain.out, dtype, OUTPUT),
+        over_budget("lse", got.lse, exact.lse, plain.lse, dtype, OUTPUT),
     ]
     for name, grad in got.grads.items():
         faults.append(
-            _fault(f"d{name}", grad, exact.grads[name], plain.grads[name], dtype, GRADIENT)
+            over_budget(f"d{name}", grad, exact.grads[name], plain.grads[name], dtype, GRADIENT)
         )
     found = [fault for fault in faults if fault]
     assert not found, "; ".join(found)
 
 
-def _fault(
+def over_budget(
     name: str,
     got: Tensor,
     exact: Tensor,

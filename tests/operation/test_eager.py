@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from prefixattn import build, choose, explain, prefix_attention
+from prefixattn.api import make_problem
 from prefixattn.testing import Case, make_inputs
 
 IMPLEMENTATIONS = ("reference", "sdpa", "cpu")
@@ -103,6 +104,31 @@ def test_the_backward_takes_results_of_ring_attention(implementation: str) -> No
     )
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "implementation", [*IMPLEMENTATIONS, pytest.param("triton", marks=pytest.mark.triton)]
+)
+def test_the_backward_of_some_keys_takes_results_of_all_keys(implementation: str) -> None:
+    """What a ring does: the gradients of each part, for the output and lse of all of them."""
+    inputs = make_inputs(Case("split", M=5, N=9, causal=False), torch.float32, poison=False)
+    inputs = {name: inputs[name].requires_grad_() for name in NAMES}
+    out, lse = prefix_attention(**inputs, return_lse=True, implementation="reference")
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    expected = torch.autograd.grad([out, lse], list(inputs.values()), [dout, dlse])
+    found = {name: torch.zeros_like(x) for name, x in inputs.items()}
+    for part, prefix in ((slice(0, 4), slice(None)), (slice(4, 9), slice(0, 0))):
+        cuts = dict.fromkeys(("key", "value"), part)
+        cuts |= dict.fromkeys(("prefix_key", "prefix_value"), prefix)
+        own = {n: x.detach()[:, :, cuts.get(n, slice(None))] for n, x in inputs.items()}
+        problem = make_problem(**own)
+        grads = torch.ops.prefixattn.attention_backward(
+            dout, dlse, out.detach(), lse.detach(), *problem.arguments, implementation, list(NAMES)
+        )
+        for name, grad in zip(NAMES, grads, strict=True):
+            found[name][:, :, cuts.get(name, slice(None))] += grad
+    for name, grad in zip(NAMES, expected, strict=True):
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [2**62 - 1, 1 - 2**62])
