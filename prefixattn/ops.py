@@ -67,6 +67,8 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
         return _Eager.apply(problem, implementation, *tensors)
     if not torch.compiler.is_compiling():
         _refuse_transforms(problem)
+        if any(type(x).__name__ == "DTensor" for x in tensors):  # torch.distributed may be absent
+            importlib.import_module("prefixattn.distributed.sharding").check(problem)
     return torch.ops.prefixattn.attention(*problem.arguments, implementation)
 
 

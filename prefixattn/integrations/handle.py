@@ -22,6 +22,7 @@ from prefixattn.integrations.survey import (
     own_sites,
     survey,
 )
+from prefixattn.integrations.tensor_parallel import OwnHeads
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.integrations.undo import Undo
 from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource
@@ -191,7 +192,10 @@ def _install_stack(
     groups, first = [], 0
     for part, members in sites.items():
         own = own_sites(members, part)
-        groups.append(Group(sources[part], [_slot(s) for s in own], _owners(own, stack)))
+        source = sources[part]
+        if any(site.group is not None for site in own):
+            source = OwnHeads(source, [site.group for site in own])
+        groups.append(Group(source, [_slot(s) for s in own], _owners(own, stack)))
         for site in members:
             setattr(site.module, SLOT, first + site.slot)
             undo.callback(delattr, site.module, SLOT)

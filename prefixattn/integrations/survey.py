@@ -17,6 +17,7 @@ from prefixattn.integrations.adapters import adapt, is_adapted
 from prefixattn.integrations.carrier import SLOT
 from prefixattn.integrations.implementation import own_configs, set_implementation
 from prefixattn.integrations.refusal import refusal
+from prefixattn.integrations.tensor_parallel import whole_sites
 from prefixattn.integrations.transformers import attention_forward
 from prefixattn.layers import LayerShape
 
@@ -37,6 +38,8 @@ class Site:
     own; a module that borrows another's keys has that one's slot. ``num_heads`` are the query's.
     ``causal``, ``window`` and ``chunk`` are the layer's. ``layer`` is the module to relay the
     prefix from, where keywords do not reach this one; ``informed`` says whether they reach it.
+    ``group`` are the processes that share the module's heads; keys, values and heads here are of
+    all of them.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Site:
     biased: bool
     layer: nn.Module | None
     informed: bool
+    group: Any = None
 
     @property
     def layer_shape(self) -> LayerShape:
@@ -121,7 +125,7 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     met = {site.part for site in recording.sites}
     for missed in {lengths[size] for size in recording.masked if size in lengths} - met:
         raise refusal(model, f"its {missed} asks for masks, and then attends by itself")
-    return recording.sites
+    return whole_sites(model, recording.sites)
 
 
 def _inputs(

@@ -1,0 +1,6 @@
+"""`tests/distributed` runs gloo processes; they import its modules by their file names."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
