@@ -3,10 +3,10 @@
     python examples/cartridge.py                    # minutes at first, then under one
     python examples/cartridge.py --document os.py --tokens 32 --seed 1
 
-A small model that can look things up (``reader.py``) reads a standard-library file that no training
-saw. A prefix of 64 tokens starts as the document's first tokens and learns by self-study to say
-what the model says that has the whole document in context (Eyuboglu et al., 2025, "Cartridges").
-Both are then asked what the study did not ask:
+A small model that can look things up (`prefixattn.demo.reader`) reads a standard-library file that
+no training saw. A prefix of 64 tokens starts as the document's first tokens and learns by
+self-study to say what the model says that has the whole document in context (Eyuboglu et al., 2025,
+"Cartridges"). Both are then asked what the study did not ask:
 
 - questions: lines of the document that opened no conversation, to be continued. The document was
   studied, as a cartridge's always is; these ways into it were not;
@@ -31,7 +31,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
 
 import torch
 from findings import START, TRAINED, WHOLE, WITHOUT, Findings, Score, save, show
-from reader import ReaderSizes, cached_reader
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -41,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from prefixattn import Prefix, attach
 from prefixattn.demo.base import cached_tokenizer, load_base
 from prefixattn.demo.cache import default_folder
-from prefixattn.demo.settings import BaseSizes
+from prefixattn.demo.reader import TINY, ReaderSizes, cached_reader
 from prefixattn.demo.text import Module, library_root, read_library
 from prefixattn.distill import Conversations, conversations, distill_step, lessons, teach
 
@@ -90,15 +89,7 @@ QUICK = Settings(
     steps=8,
     samples=1,
     measure_every=4,
-    reader=ReaderSizes(
-        model=BaseSizes(
-            vocab_size=512, hidden_size=32, num_layers=2, num_heads=2, steps=6, batch=2, context=128
-        ),
-        drill_steps=6,
-        drill_rows=4,
-        drill_tokens=32,
-        document_tokens=64,
-    ),
+    reader=TINY,
 )
 
 

@@ -30,18 +30,20 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
-    """Each pair as tokens, in the same order."""
+def encode(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, marker: str = MARKER
+) -> list[Example]:
+    """Each pair as tokens, in the same order; `marker` stands between source and answer."""
 
     def ids_of(texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
-    marker = ids_of([MARKER])[0]
+    between = ids_of([marker])[0]
     sources = ids_of([pair.source for pair in pairs])
     answers = ids_of([" " + pair.summary for pair in pairs])
     return [
-        Example(pair, source[:SOURCE_TOKENS] + marker, [*answer, tokenizer.eos_token_id])
+        Example(pair, source[:SOURCE_TOKENS] + between, [*answer, tokenizer.eos_token_id])
         for pair, source, answer in zip(pairs, sources, answers, strict=True)
     ]
 

@@ -96,7 +96,7 @@ def parse(path: str, text: str) -> Module:
     for function in sorted(functions, key=lambda function: function.lineno):
         if ast.get_docstring(function):
             whole = lines[function.lineno - 1 : function.end_lineno]
-            documented.append(_moved_left(whole, function.col_offset))
+            documented.append(moved_left(whole, function.col_offset))
         summary = _summary(function)
         source = _without_docstring(function, lines)
         if summary and source:
@@ -124,10 +124,10 @@ def _without_docstring(function: Function, lines: Sequence[str]) -> str | None:
     body = lines[docstring.end_lineno : function.end_lineno]
     if not header:
         return None  # the docstring starts on the line of `def`
-    return _moved_left([*header, *body], function.col_offset)
+    return moved_left([*header, *body], function.col_offset)
 
 
-def _moved_left(lines: Sequence[str], columns: int) -> str:
+def moved_left(lines: Sequence[str], columns: int) -> str:
     """The lines with up to `columns` columns of indentation taken off each, as one text."""
     moved = (line[min(columns, len(line) - len(line.lstrip(" \t"))) :] for line in lines)
     return "".join(moved).rstrip()
