@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
-    families test-peft test-sanitize test-arm cartridge clean
+    families methods docs test-peft test-sanitize test-arm cartridge clean
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
+DOCS_STAMP := $(VENV)/docs/.installed
 LOG := $(VENV)/install.log
 
 # The oldest and the newest Triton that is supported; each gets an environment below .venv.
@@ -38,6 +39,8 @@ help:
 	@echo "make types               mypy alone"
 	@echo "make bench               measure the operation on this machine's CPU"
 	@echo "make bench-gpu           measure it on a GPU, with that machine's own python3"
+	@echo "make methods             prefix tuning against the other ways to adapt a model (an hour)"
+	@echo "make docs                the documentation as a site, below build/site"
 	@echo "make compile-report      compile the kernels ahead of time: registers, spills, shared memory"
 	@echo "make wheel               a wheel with the C++ kernels inside, tried out without a compiler"
 	@echo "make clean               remove .venv, caches and build leftovers"
@@ -68,8 +71,8 @@ test-gpu:
 	@$(ON_GPU) -m pytest -m gpu $(ARGS) $$(grep -rl 'pytest\.mark\.gpu' --include='test_*.py' tests)
 
 bench-gpu:
-	@$(ON_GPU) .ci/check_gpu.py safetensors rich transformers
-	@$(ON_GPU) -m benchmarks.gpu $(ARGS)
+	@$(ON_GPU) .ci/check_gpu.py safetensors rich typer transformers
+	@$(ON_GPU) -m prefixattn.bench --device cuda $(ARGS)
 
 families: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py --workers $(WORKERS) $(ARGS)
@@ -98,7 +101,17 @@ types: $(STAMP)
 	@echo "mypy"; $(BIN)/mypy
 
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+	@$(BIN)/prefixattn bench $(ARGS)
+
+methods: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.methods --workers $(WORKERS) $(ARGS)
+
+docs: $(DOCS_STAMP)
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(<D)/bin/mkdocs build --strict --quiet
+	@$(BIN)/prefixattn bench page benchmarks/results/cpu-zen4-2cores.jsonl \
+	    --out build/site/bench-cpu.html > /dev/null
+	@echo "build/site/index.html"
 
 compile-report: $(STAMP)
 	@env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.compile_report $(ARGS)
@@ -140,6 +153,14 @@ $(TRITON_STAMPS): $(VENV)/triton-%/.installed: $(STAMP)
 	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
 	    > "$$($(@D)/bin/python -c "$$site")/venv.pth"
 	@$(@D)/bin/python -c 'import torch, triton; assert triton.__version__ == "$*", triton'
+	@touch $@
+
+# mkdocs reads the sources and imports nothing of them.
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing mkdocs into $(@D)"
+	@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check \
+	    -c constraints.txt mkdocs-material mkdocstrings-python
 	@touch $@
 
 clean:

@@ -9,6 +9,7 @@ features cost.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,8 @@ from rich.table import Table
 
 from benchmarks.ahead_of_time import TARGETS, compiled
 from benchmarks.binaries import usage
-from benchmarks.measure import machine
 from prefixattn.api import make_problem
+from prefixattn.bench import machine
 from prefixattn.kernels import backward, decode, dkv, forward
 from prefixattn.kernels.config import CHIPS, Tiles
 from prefixattn.problem import Problem
@@ -186,9 +187,9 @@ def measure(row: Row) -> Iterator[dict[str, Any]]:
 
 
 def _write(out: Path, found: list[dict[str, Any]]) -> None:
-    about = machine("benchmarks.compile_report") | {
-        "triton": triton.__version__,
-    }
+    about = machine.facts(
+        "cpu", shlex.join(["python", "-m", "benchmarks.compile_report", *sys.argv[1:]])
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(line)}" for line in found)
     out.write_text(f'{{\n "machine": {json.dumps(about)},\n "rows": [\n{lines}\n ]\n}}\n')

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -25,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Times, interleaved, machine
 from prefixattn import Prefix, PrefixBank, attach
+from prefixattn.bench import machine
+from prefixattn.bench.measure import Plan, interleaved
 from prefixattn.checkpoints import save_peft
 
 PROMPT = 16
@@ -154,13 +157,13 @@ def measure(
             ):
                 runs = make(models, batch)
                 check(runs)
-                times = interleaved(runs, rounds, seconds=20.0)
-                each = {name: Times(*(ms / count for ms in found)) for name, found in times.items()}
+                times = interleaved(runs, "cpu", Plan(rounds, seconds=4.0, warm=True))
+                each = {name: t.of_each(count) for name, t in times.items()}
                 yield {"what": what, **size, "ms": each}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table that README shows: medians, and ours over each of what it replaces."""
+    """The table that the docs show: medians, and ours over each of what it replaces."""
     heads = ["", *COLUMNS, *NAMES, "ours / text in cache", "ours / PEFT"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" + "--:|" * (len(heads) - 1)]
     for row in rows:
@@ -177,14 +180,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of a row.", min=9)] = 60,
     quick: Annotated[bool, typer.Option("--quick", help="The smallest model only.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the rows here, as JSON.")] = None,
-    show: Annotated[
-        Path | None, typer.Option(help="Measure nothing: the README's table of such a file.")
-    ] = None,
 ) -> None:
     """Time forwards and decoded tokens of a small model with and without a prefix."""
-    if show is not None:
-        typer.echo(markdown(json.loads(show.read_text())["rows"]))
-        return
     torch.set_num_threads(1)  # what is measured is Python, which has one
     transformers.logging.set_verbosity_error()
     table = Table("", *COLUMNS, *NAMES, title="milliseconds", title_justify="left")
@@ -196,7 +193,8 @@ def main(
             table.add_row(row["what"], *(str(row[name]) for name in COLUMNS), *cells)
     Console().print(table)
     if out is not None:
-        content = {"machine": machine("benchmarks.dropin"), "rows": found}
+        command = shlex.join(["python", "-m", "benchmarks.dropin", *sys.argv[1:]])
+        content = {"machine": machine.facts("cpu", command), "rows": found}
         out.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefixattn import build
+from prefixattn.bench.cli import app as bench
 from prefixattn.choose import IMPLEMENTATIONS, choose
 from prefixattn.layers import Positions
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 DEMO_NEEDS = ("transformers", "peft", "tokenizers", "matplotlib", "psutil")
 PACKAGES = ("prefixattn", "torch", "triton", "transformers", "peft")
 

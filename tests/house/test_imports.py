@@ -44,7 +44,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "build": ("compiler", "filelock"),
     "cpu": ("torch problem build", ""),
     "quick": ("torch problem", ""),
-    "ops": ("torch problem quick rules", IMPLEMENTATIONS),
+    "ops": ("torch problem quick rules", f"{IMPLEMENTATIONS} distributed.sharding"),
     "choose": ("torch problem", f"{IMPLEMENTATIONS} build"),
     "api": ("torch problem rules philox quick choose ops", "cpu"),
     "files": ("torch safetensors", ""),
@@ -61,13 +61,26 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "bank": ("torch gated kept layers prefix stored tables", ""),
     "encoder_decoder": ("torch bank files layers prefix stored", ""),
     "distill": ("torch", ""),
+    "distributed": ("distributed.layout distributed.ring", ""),
+    "distributed.layout": ("torch", ""),
+    "distributed.agreement": ("torch distributed.layout", ""),
+    "distributed.blocks": ("torch problem ops api choose", ""),
+    "distributed.ring": (
+        "torch problem api choose distributed.agreement distributed.blocks distributed.layout",
+        "",
+    ),
+    "distributed.sharding": ("torch problem", ""),
     "checkpoints.*": (
         "torch safetensors files layers stored initialise prefix projected gated encoder_decoder "
         "positions checkpoints.*",
         "",
     ),
     "testing": ("torch problem reference api ops", ""),
-    "cli": ("torch typer rich build choose layers", "demo.* checkpoints.* transformers"),
+    "bench.*": (
+        "torch matplotlib rich typer . aten api build choose cpu problem reference testing bench.*",
+        "transformers flash_attn flashinfer xformers",
+    ),
+    "cli": ("torch typer rich bench.* build choose layers", "demo.* checkpoints.* transformers"),
     "integrations": ("", "integrations.*"),
     "integrations.*": (
         f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix checkpoints.* "
@@ -367,6 +380,6 @@ def test_an_import_of_a_module_without_a_row_is_named() -> None:
 
 
 def test_the_walk_of_tests_finds_benchmarks_and_the_bare_name() -> None:
-    source = "from benchmarks.cpu import main\ndef f():\n    import kernels.tile"
+    source = "from benchmarks.dropin import main\ndef f():\n    import kernels.tile"
     found = outside_violations(source, "tests", {"benchmarks", "kernels"})
     assert [text.split()[-1] for text in found] == ["benchmarks", "kernels"]

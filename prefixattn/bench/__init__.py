@@ -1,0 +1,1 @@
+"""`prefixattn bench`: the operation measured against everything else that could be called."""

@@ -1,0 +1,81 @@
+"""A results file as the markdown that README and docs show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefixattn.bench.providers import FLOOR, OURS, PROVIDERS
+from prefixattn.bench.records import Record, rows_of, runs_of, timed
+
+
+def caption(records: Sequence[Record]) -> str:
+    """The machine, the versions and the commit of the last run, in one line."""
+    run = runs_of(records)[-1]
+    threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
+    device = run["gpu"] or f"{run['processor']} ({run['instructions']}), {threads}"
+    commit = f", commit {run['commit']}" if run["commit"] else ""
+    return f"{device}, torch {run['torch']}, prefixattn {run['prefixattn']}{commit}, {run['date']}"
+
+
+def best_of_ours(rows: Sequence[Record]) -> Record | None:
+    """The fastest timed row of our implementations, None where none has a time."""
+    mine = [row for row in timed(rows) if row["provider"] in OURS]
+    return min(mine, key=lambda row: row["ms"][0], default=None)
+
+
+def tried(rows: Sequence[Record]) -> list[str]:
+    """The providers that took at least one case; a wrong one too, which has no time to show."""
+    found = {row["provider"] for row in rows if row["state"] != "unsupported"}
+    return [name for name in PROVIDERS if name in found]
+
+
+def by_case(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """The rows of each case of one suite, in the order of the file; warm ones are named so."""
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        found.setdefault(f"{row['case']}{' warm' if row['warm'] else ''}", []).append(row)
+    return found
+
+
+def table(records: Sequence[Record], suites: Sequence[str]) -> str:
+    """A table for each suite that has rows: milliseconds of the best of ours, and the others.
+
+    These are how many times as long they take. The columns are the providers that took any case of
+    the suite; a wrong one is named so, and a blank has its reason in the file.
+    """
+    found = {suite: rows_of(records, suite) for suite in suites}
+    parts = [_suite(suite, rows) for suite, rows in found.items() if rows]
+    return "\n\n".join([caption(records), *parts, f"{FLOOR}: the same without a prefix."])
+
+
+def _suite(suite: str, rows: Sequence[Record]) -> str:
+    cases = by_case(rows)
+    fastest = {case: best_of_ours(chosen) for case, chosen in cases.items()}
+    ours = sorted({mine["provider"] for mine in fastest.values() if mine})
+    others = [name for name in tried(rows) if name not in OURS]
+    heading = ours[0] if len(ours) == 1 else "ours"
+    lines = [
+        f"**{suite}**",
+        "",
+        f"| shape | pass | {heading}, ms | {' | '.join(others)} |",
+        "|---|---|--:|" + "--:|" * len(others),
+    ]
+    for case, chosen in cases.items():
+        mine = fastest[case]
+        cells = {row["provider"]: _cell(row, mine) for row in chosen}
+        time = "" if mine is None else f"{mine['ms'][0]:.3g}"
+        if mine is not None and len(ours) > 1:
+            time += f" ({mine['provider'].removeprefix('ours-')})"
+        shown = [case, chosen[0]["passes"], time, *(cells.get(name, "") for name in others)]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Record, mine: Record | None) -> str:
+    if row["state"] == "unsupported":
+        return ""
+    if row["state"] != "timed":
+        return str(row["state"])
+    if mine is None:
+        return f"{row['ms'][0]:.3g} ms"
+    return f"{row['ms'][0] / mine['ms'][0]:.2f}×"

@@ -1,0 +1,92 @@
+"""Results files: JSON lines, a header for each run and a row for each case and provider.
+
+A row has `kind` "row", the number of its run, the case (`suite`, `case`, `passes`, `axis`, the
+shape's letters, `model`, `dtype`), the `provider`, `state` ("timed", "unsupported", "wrong" or
+"failed") with its `reason`, and `command`, which repeats it. A timed one has `ms` [median, 20 %,
+80 %], `rounds`, `verified` ("whole", or the part that was), `peak` (bytes beyond the inputs, with
+copies of the prefix that were made before), `flops`, `bytes`, `rates` (FLOP/s of a matrix product
+and bytes/s of a copy in the same run), `of_matmul`, `of_copy` (parts of these) and `of_floor` (how
+many times as long it takes as the same without a prefix).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Key = tuple[str, str, str, bool]
+STATES = ("timed", "unsupported", "wrong", "failed")
+
+
+def key_of(row: Record) -> Key:
+    """What a row is about: rows of the same key may be compared."""
+    return row["suite"], row["case"], row["provider"], row["warm"]
+
+
+def read(path: Path) -> list[Record]:
+    """Every record of a file; a last line that an interruption cut short is left out.
+
+    Raises:
+        ValueError: the file is no results file; its line is named.
+    """
+    lines = path.read_text().splitlines()
+    found: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines) and found:
+                break
+            raise ValueError(f"{path}:{number}: expected a JSON line of a results file") from None
+        if not isinstance(record, dict) or record.get("kind") not in ("run", "row"):
+            raise ValueError(f"{path}:{number}: expected kind 'run' or 'row', got {line[:60]!r}")
+        found.append(record)
+    if not found or found[0]["kind"] != "run":
+        raise ValueError(f"{path}: expected a results file that starts with a run's header")
+    return found
+
+
+def runs_of(records: Iterable[Record]) -> list[Record]:
+    """The headers."""
+    return [record for record in records if record["kind"] == "run"]
+
+
+def rows_of(records: Iterable[Record], suite: str = "") -> list[Record]:
+    """The rows, of one suite if it is named."""
+    rows = [record for record in records if record["kind"] == "row"]
+    return [row for row in rows if not suite or row["suite"] == suite]
+
+
+def timed(rows: Iterable[Record]) -> list[Record]:
+    """The rows that have a time."""
+    return [row for row in rows if row["state"] == "timed"]
+
+
+class Writer:
+    """Appends whole lines to a results file, and remembers them; `path` None keeps no file."""
+
+    def __init__(self, path: Path | None, fresh: bool = False) -> None:
+        """Go on with the file that is there, unless `fresh` (ValueError: it is none of ours)."""
+        self.path = path
+        self.records: list[Record] = []
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size and not fresh:
+            self.records = read(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What an interruption cut short goes.
+        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+
+    def add(self, records: list[Record]) -> None:
+        """Write records, whole and at once: what was measured outlives an interruption."""
+        self.records += records
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+
+    def known(self) -> set[Key]:
+        """The keys of every row there is."""
+        return {key_of(row) for row in rows_of(self.records)}

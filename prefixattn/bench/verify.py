@@ -1,0 +1,174 @@
+"""Whether what is about to be timed computes the right numbers.
+
+The rule is that of the tests: against the float64 reference, twice as much error as eager attention
+in the same precision has (gradients: three times). In bfloat16 that leaves room for a small error
+of all numbers alike, such as a wrong scale: rounding hides it in each of them, but not in the sum
+over all, so that gains and the scale are estimated by least squares besides.
+
+Of a large case some rows and key heads are held to this whole: the upstream gradient is zero
+outside of them, so that every gradient of theirs, the sum over rows in a shared prefix too, is
+exactly that of the smaller problem.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixattn import reference
+from prefixattn.api import make_problem
+from prefixattn.bench.inputs import Tensors
+from prefixattn.bench.shapes import Case
+from prefixattn.bench.support import Attention
+from prefixattn.testing import GRADIENT, OUTPUT, Results, evaluate, over_budget
+
+LARGEST = 2**25  # float64 scores that one check may hold
+SEED = 1
+FAINT = 2**-8  # of a gain or the scale; half a unit in the last place of bfloat16
+STEP = 1e-3  # by which the scale is varied
+
+
+class Oracle:
+    """The truth of a case, or of a part of it, made once for all providers.
+
+    Args:
+        case: what is timed; gradients are checked where they are.
+        tensors: its tensors.
+        with_prefix: false for the floor, which has no prefix to see.
+    """
+
+    def __init__(self, case: Case, tensors: Tensors, with_prefix: bool = True) -> None:
+        self.tensors = tensors
+        self.backward = case.passes != "fwd"
+        self.rows, self.heads = _part(case)
+        self.queries = [h * tensors.group + g for h in self.heads for g in range(tensors.group)]
+        inputs = self._inputs(case, with_prefix)
+        wide = {
+            name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in inputs.items()
+        }
+        self.exact = self._evaluate(wide, None)
+        self.plain = self._evaluate(inputs, inputs["query"].dtype)
+        self.by_scale = self._by_scale(wide, case.shape.D**-0.5)
+
+    @property
+    def part(self) -> str:
+        """What is checked, in words."""
+        s = self.tensors
+        if (len(self.rows), len(self.heads)) == (s.query.shape[0], s.key.shape[1]):
+            return "whole"
+        return f"rows {_listing(self.rows)}, key heads {_listing(self.heads)}"
+
+    def fault(self, run: Attention) -> str:
+        """Words for what `run` has wrong; empty when all is well."""
+        t = self.tensors
+        with torch.set_grad_enabled(self.backward):
+            out = run()
+        if out.shape != t.query.shape:
+            return f"out: shape {list(out.shape)}, expected {list(t.query.shape)}"
+        got = {"out": self._of_queries(out.detach())}
+        if self.backward:
+            grads = torch.autograd.grad(
+                out, list(t.leaves.values()), self._upstream(out), allow_unused=True
+            )
+            for (name, leaf), grad in zip(t.leaves.items(), grads, strict=True):
+                got[f"d{name}"] = self._pick(name, torch.zeros_like(leaf) if grad is None else grad)
+        return self._compare(got)
+
+    def _compare(self, got: dict[str, Tensor]) -> str:
+        dtype = self.tensors.query.dtype
+        exact, plain = self._named(self.exact), self._named(self.plain)
+        faults = []
+        for name, x in got.items():
+            allowed = OUTPUT if name == "out" else GRADIENT
+            if exact[name].numel():  # the floor's prefix has no tokens
+                faults.append(over_budget(name, x, exact[name], plain[name], dtype, allowed))
+                if not faults[-1] and abs(gain := _part_of(x - exact[name], exact[name])) > FAINT:
+                    faults.append(f"{name}: {abs(gain):.2%} too {'large' if gain > 0 else 'small'}")
+        error = got["out"] - self.exact.out
+        if abs(off := _part_of(error, self.by_scale)) > FAINT:
+            faults.append(f"out: as if the scale were {abs(off):.2%} off")
+        return "; ".join(fault for fault in faults if fault)
+
+    @staticmethod
+    def _named(results: Results) -> dict[str, Tensor]:
+        return {"out": results.out, **{f"d{name}": x for name, x in results.grads.items()}}
+
+    def _of_queries(self, x: Tensor) -> Tensor:
+        return x[self.rows][:, self.queries]
+
+    def _pick(self, name: str, x: Tensor) -> Tensor:
+        """The checked part of an argument, or of its gradient."""
+        if name == "query":
+            return self._of_queries(x)
+        return x[:, self.heads] if name.startswith("prefix_") else x[self.rows][:, self.heads]
+
+    def _inputs(self, case: Case, with_prefix: bool) -> dict[str, Any]:
+        t = self.tensors
+        inputs: dict[str, Any] = {
+            name: self._pick(name, leaf.detach()) for name, leaf in t.leaves.items()
+        }
+        if not with_prefix:
+            for name in ("prefix_key", "prefix_value"):
+                inputs[name] = inputs[name][:, :, :0]
+        inputs["prefix_index"] = t.index[self.rows]
+        return inputs | {"is_causal": True, "softcap": case.shape.softcap}
+
+    def _evaluate(self, inputs: dict[str, Any], dtype: torch.dtype | None) -> Results:
+        def run(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            return reference.forward(make_problem(**arguments), dtype)
+
+        if self.backward:
+            return evaluate(inputs, run, with_lse_gradient=False, seed=SEED)
+        with torch.no_grad():
+            return Results(*run(inputs), {})
+
+    def _by_scale(self, wide: dict[str, Any], scale: float) -> Tensor:
+        """The output's derivative by the logarithm of the scale."""
+        with torch.no_grad():
+            more, less = (
+                reference.forward(make_problem(**wide, scale=factor * scale), None)[0]
+                for factor in (1 + STEP, 1 - STEP)
+            )
+        return (more - less) / (2 * STEP)
+
+    def _upstream(self, out: Tensor) -> Tensor:
+        """The gradient that `evaluate` draws for the checked part, and zero elsewhere."""
+        part = self._of_queries(out)
+        generator = torch.Generator().manual_seed(SEED)
+        drawn = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(out)
+        upstream = torch.zeros_like(out)
+        rows = torch.tensor(self.rows, device=out.device)[:, None]
+        upstream[rows, torch.tensor(self.queries, device=out.device)] = drawn
+        return upstream
+
+
+def _part_of(error: Tensor, direction: Tensor) -> float:
+    """How much of `direction` is in an error, by least squares; 0 where there is no direction."""
+    size = direction.square().sum().item()
+    return (error.double() * direction).sum().item() / size if size else 0.0
+
+
+def _part(case: Case) -> tuple[list[int], list[int]]:
+    """Rows and key heads whose float64 scores are at most `LARGEST`, the last ones among them."""
+    s = case.shape
+    one = s.H // s.H_kv * s.M * (s.P + s.N)  # scores of a row and key head
+    if one * s.B * s.H_kv <= LARGEST:
+        return list(range(s.B)), list(range(s.H_kv))
+    pairs = max(1, LARGEST // one)
+    rows = _spread(s.B, min(2, pairs))
+    return rows, _spread(s.H_kv, pairs // len(rows))
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """At most `count` of `range(size)`: the last, the first, then between."""
+    if count <= 1:
+        return [size - 1]
+    count = min(count, size)
+    return sorted({round(n * (size - 1) / max(1, count - 1)) for n in range(count)})
+
+
+def _listing(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,236 @@
+"""Every provider computes the same numbers, or says why it cannot."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixattn.bench import providers, verify
+from prefixattn.bench.inputs import Tensors, make_tensors
+from prefixattn.bench.providers import FLOOR, PROVIDERS
+from prefixattn.bench.shapes import Case, Shape
+from prefixattn.bench.support import Attention, Unsupported
+from prefixattn.bench.verify import Oracle
+from prefixattn.bench.work import flops, least_bytes
+
+OURS = {"ours-cpu", "ours-sdpa", "ours-reference"}
+CAT = {"transformers", "cat+math", "cat+flash", "cat+flex"}
+PROMPT = {"B": 3, "M": 5, "P": 4}
+DECODE = {"B": 8, "M": 1, "C": 9, "P": 4}
+# The letters of a case, and what a CPU times of it.
+CASES = {
+    "a prompt": (PROMPT, OURS | CAT | {"copied+sdpa", "merge", FLOOR}),
+    "one token over a cache": (DECODE, OURS | CAT | {"copied+sdpa", "merge", FLOOR}),
+    "a few tokens over a cache": (DECODE | {"M": 3}, OURS | CAT | {"copied+sdpa", FLOOR}),
+    "two prefixes": (DECODE | {"R": 2}, OURS | CAT | {"copied+sdpa", "merge", FLOOR}),
+    "a softcap": (PROMPT | {"model": "capped"}, OURS | {"transformers", "cat+flex", FLOOR}),
+    "training": (PROMPT | {"passes": "fwd+bwd"}, OURS | CAT - {"cat+flex"} | {FLOOR}),
+    "training, two prefixes": (
+        PROMPT | {"R": 2, "passes": "fwd+bwd"},
+        OURS | CAT - {"cat+flex"} | {FLOOR},
+    ),
+}
+
+
+def make_case(passes: str = "fwd", model: str = "tiny", **letters: Any) -> Case:
+    return Case("", Shape(model, **letters), passes)
+
+
+@pytest.mark.usefixtures("quick_flex")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("letters", "wanted"), CASES.values(), ids=CASES.keys())
+def test_what_runs_is_right_and_the_rest_says_why(
+    letters: dict[str, Any], wanted: set[str]
+) -> None:
+    case = make_case(**letters)
+    tensors = make_tensors(case, "cpu")
+    right, reasons = set(), {}
+    for name, provider in PROVIDERS.items():
+        try:
+            fault = Oracle(case, tensors, name != FLOOR).fault(
+                provider(case.shape, tensors, case.passes)
+            )
+        except Unsupported as reason:
+            reasons[name] = str(reason)
+            continue
+        assert fault == "", name
+        right.add(name)
+    assert right == wanted
+    assert all(reasons.values())
+
+
+def wrong_scale(t: Tensors, right: Attention) -> Attention:
+    """As if the scale were 1 % off."""
+    query = t.query.detach().clone()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            t.query.mul_(1.01)
+            try:
+                return right()
+            finally:
+                t.query.copy_(query)
+
+    return run
+
+
+def wrong_gradient(t: Tensors, right: Attention) -> Attention:
+    """Right values, and twice the gradient of everything."""
+
+    def run() -> Tensor:
+        out = right()
+        return 2 * out - out.detach()
+
+    return run
+
+
+def wrong_last_row(t: Tensors, right: Attention) -> Attention:
+    """Only the last head of the last row is off."""
+
+    def run() -> Tensor:
+        out = right().clone()
+        out[-1, -1] *= 1.01
+        return out
+
+    return run
+
+
+def wrong_gain(t: Tensors, right: Attention) -> Attention:
+    """Everything is 1 % too large."""
+    return lambda: right() * 1.01
+
+
+def wrong_gradients_gain(t: Tensors, right: Attention) -> Attention:
+    """Right values, and gradients that are 1 % too large."""
+
+    def run() -> Tensor:
+        out = right()
+        return (1.01 * out.float() - 0.01 * out.detach().float()).to(out)
+
+    return run
+
+
+HALF = {"B": 8, "M": 1, "C": 40, "P": 20, "dtype": "bfloat16"}
+TRAINING = PROMPT | {"B": 8, "passes": "fwd+bwd"}
+FAULTS = {
+    "a scale": (DECODE, wrong_scale, "ours-cpu", "budget"),
+    "a scale, of the floor": (DECODE, wrong_scale, FLOOR, "budget"),
+    "a gradient": (TRAINING, wrong_gradient, "ours-cpu", "budget"),
+    "one head of one row": (DECODE, wrong_last_row, "cat+flash", "budget"),
+    "a scale, below bfloat16's rounding": (HALF, wrong_scale, "ours-cpu", "as if the scale were"),
+    "a gain of everything, below it too": (HALF, wrong_gain, "ours-cpu", "out: .* too large"),
+    "a gain of the gradients alone": (
+        HALF | {"passes": "fwd+bwd", "C": 0, "M": 9},
+        wrong_gradients_gain,
+        "ours-cpu",
+        "dkey: .* too large",
+    ),
+}
+
+
+@pytest.mark.parametrize("largest", [verify.LARGEST, 100], ids=["whole", "a part"])
+@pytest.mark.parametrize(
+    ("letters", "corrupt", "name", "words"), FAULTS.values(), ids=FAULTS.keys()
+)
+def test_a_fault_is_found(
+    letters: dict[str, Any],
+    corrupt: Callable[[Tensors, Attention], Attention],
+    name: str,
+    words: str,
+    largest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verify, "LARGEST", largest)
+    case = make_case(**letters)
+    tensors = make_tensors(case, "cpu")
+    oracle = Oracle(case, tensors, name != FLOOR)
+    assert (oracle.part == "whole") == (largest > 100)
+    call = PROVIDERS[name](case.shape, tensors, case.passes)
+    assert oracle.fault(call) == ""
+    assert re.search(words, oracle.fault(corrupt(tensors, call)))
+
+
+def test_a_prefix_gradient_that_misses_a_row_is_found_in_a_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verify, "LARGEST", 300)
+    case = make_case(**TRAINING)
+    tensors = make_tensors(case, "cpu")
+    oracle = Oracle(case, tensors)
+    right = PROVIDERS["cat+flash"](case.shape, tensors, "fwd+bwd")
+    assert len(oracle.rows) == 2
+    assert oracle.fault(right) == ""
+
+    def run() -> Tensor:
+        out = right()
+        with torch.no_grad():
+            values = out[0].clone()
+        return torch.cat([values[None], out[1:]])  # no gradient comes from row 0
+
+    assert "dprefix_key" in oracle.fault(run)
+
+
+def test_scores_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixattn.bench.machine.free_memory", lambda device: 1000)
+    case = make_case(**DECODE)
+    with pytest.raises(Unsupported, match="materialises scores"):
+        PROVIDERS["ours-reference"](case.shape, make_tensors(case, "cpu"), "fwd")
+
+
+def test_an_implementation_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise NotImplementedError("no compiler")
+
+    monkeypatch.setattr(providers, "choose", missing)
+    case = make_case(**DECODE)
+    with pytest.raises(Unsupported, match="no compiler"):
+        PROVIDERS["ours-cpu"](case.shape, make_tensors(case, "cpu"), "fwd")
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:
+    """A module of that name, and a GPU for it: what is tested is how we call it."""
+    module = ModuleType(name)
+    module.__dict__.update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("prefixattn.bench.outside.need_gpu", lambda t, package: None)
+
+
+def test_flash_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flash_attn_func(
+        query: Tensor, key: Tensor, value: Tensor, causal: bool, softcap: float
+    ) -> Tensor:
+        """Tokens before heads, causal from the bottom right."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        empty = key[:, :, :0]
+        from prefixattn import prefix_attention
+
+        out = prefix_attention(query, key, value, empty, empty, is_causal=causal)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+    installed(monkeypatch, "flash_attn", flash_attn_func=flash_attn_func)
+    for case in (make_case(**DECODE), make_case(**TRAINING)):
+        tensors = make_tensors(case, "cpu")
+        call = PROVIDERS["flash-attn"](case.shape, tensors, case.passes)
+        assert Oracle(case, tensors).fault(call) == ""
+
+
+def test_the_work_of_a_case() -> None:
+    # Two rows of three queries over two cached keys, five prefix tokens; 4 heads of 16.
+    case = make_case(B=2, M=3, C=2, P=5, dtype="bfloat16")
+    visible = 3 * (2 + 5) + (1 + 2 + 3)
+    assert flops(case) == 4 * 2 * 4 * 16 * visible
+    assert flops(case, with_prefix=False) == 4 * 2 * 4 * 16 * (visible - 15)
+    queries, keys, prefix = 2 * 2 * 4 * 3 * 16, 2 * 2 * 2 * 5 * 16, 2 * 2 * 5 * 16
+    assert least_bytes(case) == 2 * (queries + keys + prefix)
+    training = replace(case, passes="fwd+bwd")
+    assert flops(training) == 3.5 * flops(case)
+    assert least_bytes(training) == 3 * least_bytes(case)
