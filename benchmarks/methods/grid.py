@@ -1,0 +1,103 @@
+"""All cells in order, shared out to processes, each written once it is done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.methods.cell import Cell, Place, run
+from benchmarks.methods.ways import METHODS
+from prefixattn.bench.records import Record, Writer, rows_of
+from prefixattn.demo.tasks import BUILDERS
+
+RATE_SEED = 1000  # of the cells that choose a rate; no score is of this seed
+FIELDS = ("method", "task", "examples", "seed", "rate", "purpose")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared. The rate of a method is chosen once for each task, by validation loss."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    tasks: tuple[str, ...] = tuple(BUILDERS)
+    examples: tuple[int, ...] = (16, 64, 256)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        """Refuse what is not there (ValueError)."""
+        for name, got, known in (("method", self.methods, METHODS), ("task", self.tasks, BUILDERS)):
+            if wrong := set(got) - set(known):
+                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {wrong}")
+
+    def for_rates(self) -> list[Cell]:
+        """The cells that choose rates, from a middling number of examples."""
+        examples = sorted(self.examples)[len(self.examples) // 2]
+        return [
+            Cell(method, task, examples, RATE_SEED, rate, "rate")
+            for task, method in product(self.tasks, self.methods)
+            for rate in METHODS[method].rates
+        ]
+
+    def for_scores(self, rows: Sequence[Record]) -> list[Cell]:
+        """The cells that count, at the rates that the others chose."""
+        cells = product(self.seeds, self.examples, self.tasks, self.methods)
+        return [
+            Cell(method, task, examples, seed, chosen_rate(rows, method, task))
+            for seed, examples, task, method in cells
+        ]
+
+    def __len__(self) -> int:
+        """Cells of both kinds."""
+        counts = (len(x) for x in (self.seeds, self.examples, self.tasks, self.methods))
+        product_of = 1
+        for count in counts:
+            product_of *= count
+        return product_of + len(self.for_rates())
+
+
+def chosen_rate(rows: Sequence[Record], method: str, task: str) -> float:
+    """The rate of the least validation loss; 0 for what is not trained."""
+    tried = [
+        row
+        for row in rows
+        if (row["method"], row["task"], row["purpose"]) == (method, task, "rate")
+    ]
+    best = min(tried, key=lambda row: row["validation"], default=None)
+    return float(best["rate"]) if best else 0.0
+
+
+def measure(grid: Grid, place: Place, writer: Writer, workers: int) -> Iterator[Record]:
+    """Yields each new row. An interruption leaves what was written before."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread)
+    try:
+        for choose in (True, False):
+            rows = rows_of(writer.records)
+            cells = grid.for_rates() if choose else grid.for_scores(rows)
+            done = {tuple(row[name] for name in FIELDS) for row in rows}
+            todo = [cell for cell in cells if _key(cell) not in done]
+            futures: list[Future[dict[str, Any]]] = [pool.submit(run, c, place) for c in todo]
+            for future in as_completed(futures):
+                writer.add([future.result()])
+                yield writer.records[-1]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def one_thread() -> None:
+    """What each worker begins with; Ctrl-C is the parent's to hear."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _key(cell: Cell) -> tuple[Any, ...]:
+    return tuple(getattr(cell, name) for name in FIELDS)

@@ -1,0 +1,96 @@
+"""The results as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+
+from matplotlib.figure import Figure
+
+from benchmarks.methods.report import KIB, better, names, of, scored, sizes
+from prefixattn.bench.records import Record
+from prefixattn.demo.tasks import LOSS
+
+SHADES = ("#9ecae1", "#4292c6", "#08306b")  # few to many examples
+PREFIX, OTHER = "#d95f02", "#555555"
+SUFFIXES = ("svg", "png")
+
+
+def save(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Each picture as SVG and PNG; the files written."""
+    rows, written = scored(records), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        figure = draw(rows)
+        for suffix in SUFFIXES:
+            written.append(folder / f"{name}.{suffix}")
+            figure.savefig(written[-1], dpi=130, metadata={"Date": None} if suffix == "svg" else {})
+    return written
+
+
+def scores(rows: Sequence[Record]) -> Figure:
+    """A panel for each task: a line for each method, a point for each number of examples."""
+    tasks = names(rows, "task")
+    figure = Figure(figsize=(4.2 * len(tasks), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        chosen = of(rows, task=task)
+        score_name = chosen[0]["score_name"]
+        order = _by_score(chosen, sizes(chosen)[-1])
+        for place, method in enumerate(order):
+            axes.axhline(place, color="0.92", zorder=0)
+            for shade, count in zip(SHADES[-len(sizes(rows)) :], sizes(rows), strict=True):
+                values = [row["score"] for row in of(chosen, method=method, examples=count)]
+                axes.plot([min(values), max(values)], [place, place], color=shade, lw=1.5)
+                axes.plot(mean(values), place, "o", color=shade, ms=6)
+        axes.set_yticks(range(len(order)), order)
+        for label in axes.get_yticklabels():
+            label.set_color(PREFIX if "prefix" in label.get_text() else "black")
+        unit = "nats a token, held out: less is better" if score_name == LOSS else score_name
+        axes.set_title(task)
+        axes.set_xlabel(unit)
+        if score_name == LOSS:
+            axes.invert_xaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    for shade, count in zip(SHADES[-len(sizes(rows)) :], sizes(rows), strict=True):
+        panels[-1].plot([], [], "o", color=shade, label=f"{count} examples")
+    figure.legend(loc="outside lower center", ncols=len(SHADES), frameon=False)
+    return figure
+
+
+def sizes_on_disk(rows: Sequence[Record]) -> Figure:
+    """What a task takes on disk against its score from the most examples."""
+    tasks = names(rows, "task")
+    figure = Figure(figsize=(4.2 * len(tasks), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        chosen = of(rows, task=task, examples=sizes(rows)[-1])
+        for method in names(chosen, "method"):
+            mine = of(chosen, method=method)
+            size = median(row["bytes"] for row in mine) / KIB
+            if size:
+                color = PREFIX if "prefix" in method else OTHER
+                score = mean(row["score"] for row in mine)
+                axes.plot(size, score, "o", color=color, ms=5)
+                axes.annotate(method, (size, score), (4, 3), textcoords="offset points", size=7)
+        axes.set_xscale("log")
+        axes.set_xlabel("KiB on disk")
+        axes.set_title(f"{task}: {chosen[0]['score_name']}")
+        if chosen[0]["score_name"] == LOSS:
+            axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+PICTURES = {"methods-scores": scores, "methods-size": sizes_on_disk}
+
+
+def _by_score(rows: Sequence[Record], count: int) -> list[str]:
+    """The methods, the best one last: it is drawn on top."""
+    means = {
+        method: mean(row["score"] for row in of(rows, method=method, examples=count))
+        for method in names(rows, "method")
+    }
+    return sorted(means, key=means.__getitem__, reverse=better(rows[0]["score_name"]) is min)

@@ -1,0 +1,83 @@
+"""`python -m benchmarks.methods --quick`: what it writes, resumes and shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("untrained base", "in context", "prompt tuning", "prefix, from text", "LoRA + prefix")
+
+
+def run(*arguments, expect=0):
+    command = [sys.executable, "-m", "benchmarks.methods", *map(str, arguments)]
+    # an error's frame would break its sentence where the terminal ends
+    wide = {**os.environ, "COLUMNS": "4000"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == expect, done.stderr + done.stdout
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("methods")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    options = [x for name in METHODS for x in ("--method", name)]
+    options += ["--quick", "--task", "package", "--out", folder / "quick.jsonl"]
+    options += ["--cache", folder / "cache"]
+    run(*options)
+    return options, folder / "quick.jsonl"
+
+
+def rows(path):
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "row"]
+
+
+def test_a_quick_run_measures_every_method(results):
+    found = {row["method"]: row for row in rows(results[1]) if row["purpose"] == "score"}
+    assert set(found) == set(METHODS)
+    for row in found.values():
+        assert 0 <= row["score"] <= 1
+        assert row["loss"] > 0
+    for name in METHODS[2:]:
+        row = found[name]
+        assert row["validation"] == min(loss for *_, loss in row["curve"])
+        assert min(row["parameters"], row["bytes"], row["peak"], row["step"]) > 0
+        tried = [r for r in rows(results[1]) if (r["method"], r["purpose"]) == (name, "rate")]
+        assert len(tried) == 3
+        assert row["rate"] == min(tried, key=lambda r: r["validation"])["rate"]
+    assert (found["untrained base"]["parameters"], found["untrained base"]["bytes"]) == (0, 0)
+    # 2 layers, 2 key heads of 16, keys and values of 8 tokens
+    assert found["prefix, from text"]["parameters"] == 2 * 2 * 8 * 32
+
+
+def test_a_run_goes_on_with_what_is_there(results):
+    options, path = results
+    before = rows(path)
+    run(*options)
+    assert rows(path) == before
+
+
+def test_other_sizes_are_refused_in_one_file(results, folder):
+    said = run("--out", results[1], "--cache", folder / "cache", expect=2).stderr
+    assert "holds a run of other sizes" in said
+
+
+def test_the_tables_and_pictures_of_a_file(results, folder):
+    shown = run("--show", results[1], "--pictures", folder / "pictures").stdout
+    for name in METHODS:
+        assert shown.count(f"| {name} |") == 2
+    names = {f"methods-{what}.{kind}" for what in ("scores", "size") for kind in ("png", "svg")}
+    assert {path.name for path in (folder / "pictures").iterdir()} == names
+
+
+def test_an_unknown_method_is_named():
+    assert "expected some of" in run("--method", "telepathy", expect=2).stderr
