@@ -1,0 +1,166 @@
+"""The site's pages: their code runs, their commands exist, and they name all that is public."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import prefixattn
+from prefixattn.bench.cli import app as bench
+from prefixattn.cli import app
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+COMMANDS: Any = typer.main.get_command(app)
+BENCH: Any = typer.main.get_command(bench)
+USAGE_ERROR: Any = typer.BadParameter.__base__  # typer brings a click of its own
+RUN = ("info", "convert")  # the others take minutes: that they take these options is checked
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, or the code in a comment that readers do not see, and its first line."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks of a page in their order; ``<!-- python`` opens one that is not shown."""
+    pattern = r"^(?:```(\w*)[^\n]*\n(.*?)^```$|<!-- (python)\n(.*?)^-->$)"
+    return [
+        Block(m[1] or m[3] or "", m[2] or m[4] or "", text.count("\n", 0, m.start()) + 2)
+        for m in re.finditer(pattern, text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def commands_of(page: Path) -> list[str]:
+    """What a reader would type: the lines that begin with ``$``."""
+    lines = [
+        line
+        for b in blocks_of(page.read_text())
+        if b.language == "console"
+        for line in b.text.splitlines()
+    ]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def fault_in(command: str) -> str | None:
+    """Why a command cannot be typed in a checkout, None where it can."""
+    name, *words = shlex.split(command)
+    if name == "prefixattn":
+        return fault_in_options(words)
+    if name == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return None if words[0] in targets else f"no target {words[0]}"
+    if name == "python":
+        file = ROOT / (words[1].replace(".", "/") if words[0] == "-m" else words[0])
+        found = (
+            file.is_file() or file.with_suffix(".py").is_file() or (file / "__main__.py").is_file()
+        )
+        return None if found else f"no {file}"
+    if name == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*?)\]", words[-1])))
+        unknown = set(extras) - set(project["optional-dependencies"])
+        return f"no extras {sorted(unknown)}" if unknown or words[0] != "install" else None
+    return "nothing here checks it"
+
+
+def fault_in_options(words: list[str]) -> str | None:
+    """Why `prefixattn` would not take these words; `bench` has an app of its own."""
+    command, context = COMMANDS, None
+    if words[0] == "bench":
+        command, words = BENCH, words[1:]
+    try:
+        while hasattr(command, "resolve_command") and words and not words[0].startswith("-"):
+            context = command.context_class(command, parent=context)
+            _, command, words = command.resolve_command(context, words)
+        command.make_context(command.name, list(words))
+    except USAGE_ERROR as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_from_its_top_to_its_end(page: Path, reader: Path) -> None:
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks_of(page.read_text()):
+        if block.language == "python":
+            code = "\n" * (block.line - 1) + block.text  # tracebacks name the page's own lines
+            exec(compile(code, str(page), "exec"), names)
+        elif block.language == "console":
+            for line in block.text.splitlines():
+                words = shlex.split(line.removeprefix("$ "))
+                if words[0] == "prefixattn" and words[1] in RUN:
+                    result = CliRunner().invoke(app, words[1:])
+                    assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+COMMANDS_SHOWN = {
+    f"{page.stem}: {command}": command for page in PAGES for command in commands_of(page)
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_SHOWN.values(), ids=COMMANDS_SHOWN.keys())
+def test_a_command_can_be_typed(command: str) -> None:
+    assert fault_in(command) is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_is_of_a_language_that_is_checked(page: Path) -> None:
+    blocks = blocks_of(page.read_text())
+    assert {block.language for block in blocks} <= {"python", "console", "text"}
+    for block in blocks:
+        if block.language == "console":  # output would go stale
+            assert all(line.startswith("$ ") for line in block.text.splitlines()), block
+
+
+WRONG = {
+    "an option that is not there": "prefixattn demo --sede 1",
+    "a command that is not there": "prefixattn dmeo",
+    "an option without its value": "prefixattn demo --seed",
+    "a suite's option that is not there": "prefixattn bench --suit quick",
+    "a target that is not there": "make dem",
+    "a module that is not there": "python -m benchmarks.speed",
+    "a file that is not there": "python examples/cartridges.py",
+    "an extra that is not there": "pip install '.[petf]'",
+    "a program that nobody checks": "rm -rf /",
+}
+
+
+@pytest.mark.parametrize("command", WRONG.values(), ids=WRONG.keys())
+def test_a_command_that_cannot_be_typed_is_found(command: str) -> None:
+    assert fault_in(command) is not None
+
+
+def test_blocks_are_found_in_their_order() -> None:
+    page = "a\n<!-- python\nx = 1\n-->\n\n```console\n$ make test\n```\n\n```python\ny = x\n```\n"
+    assert blocks_of(page) == [
+        Block("python", "x = 1\n", 3),
+        Block("console", "$ make test\n", 7),
+        Block("python", "y = x\n", 11),
+    ]
+
+
+def test_the_pages_show_what_their_files_say() -> None:
+    command = [sys.executable, "docs/generate.py", "--check"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, ""), found.stdout + found.stderr
+
+
+def test_the_api_page_names_all_that_is_public() -> None:
+    shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert {f"prefixattn.{name}" for name in prefixattn.__all__} <= set(shown)
