@@ -1,9 +1,10 @@
 """`python -m benchmarks.methods`: every way to adapt one base to three tasks, side by side.
 
 The base is a small model that was trained here, on one part of the standard library; tasks are held
-out by file. Each method's learning rate is chosen once for each task, from three, by the validation
-loss of a seed that does not count; each run ends at its best validation loss. Rows are written as
-they come, and a run goes on with what its file holds.
+out by file. Each method's learning rate is chosen once for each task by the validation loss of a
+seed that does not count: the search goes on until the best rate lies between two worse ones. Each
+run ends at its best validation loss. Rows are written as they come, and a run goes on with what its
+file holds.
 """
 
 from __future__ import annotations
@@ -124,11 +125,10 @@ def train(grid: Grid, place: Place, writer: Writer, workers: int, console: Conso
     """All cells, with a bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task(
-            "measuring", total=len(grid), completed=len(rows_of(writer.records))
-        )
+        bar = progress.add_task("measuring", completed=len(rows_of(writer.records)))
         for row in measure(grid, place, writer, workers):
-            progress.update(bar, advance=1, description=describe(row))
+            total = grid.num_cells(rows_of(writer.records))
+            progress.update(bar, advance=1, total=total, description=describe(row))
 
 
 def describe(row: Record) -> str:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from benchmarks.methods.cell import Cell, Place, run
-from benchmarks.methods.ways import METHODS
+from benchmarks.methods.ways import LADDER, METHODS
 from prefixattn.bench.records import Record, Writer, rows_of
 from prefixattn.demo.tasks import BUILDERS
 
@@ -37,13 +37,13 @@ class Grid:
             if wrong := set(got) - set(known):
                 raise ValueError(f"{name}: expected some of {', '.join(known)}, got {wrong}")
 
-    def for_rates(self) -> list[Cell]:
+    def for_rates(self, rows: Sequence[Record]) -> list[Cell]:
         """The cells that choose rates, from a middling number of examples."""
         examples = sorted(self.examples)[len(self.examples) // 2]
         return [
             Cell(method, task, examples, RATE_SEED, rate, "rate")
             for task, method in product(self.tasks, self.methods)
-            for rate in METHODS[method].rates
+            for rate in rates_to_try(METHODS[method].rates, tried_rates(rows, method, task))
         ]
 
     def for_scores(self, rows: Sequence[Record]) -> list[Cell]:
@@ -54,41 +54,60 @@ class Grid:
             for seed, examples, task, method in cells
         ]
 
-    def __len__(self) -> int:
-        """Cells of both kinds."""
-        counts = (len(x) for x in (self.seeds, self.examples, self.tasks, self.methods))
-        product_of = 1
-        for count in counts:
-            product_of *= count
-        return product_of + len(self.for_rates())
+    def num_cells(self, rows: Sequence[Record]) -> int:
+        """Cells of both kinds, as far as these rows tell."""
+        return len(self.for_rates(rows)) + len(self.for_scores(rows))
+
+
+def tried_rates(rows: Sequence[Record], method: str, task: str) -> dict[float, float]:
+    """Learning rates and the validation losses that they came to."""
+    return {
+        row["rate"]: row["validation"]
+        for row in rows
+        if (row["method"], row["task"], row["purpose"]) == (method, task, "rate")
+    }
+
+
+def rates_to_try(first: tuple[float, ...], tried: dict[float, float]) -> list[float]:
+    """The first ones, and one beyond the best one for as long as that is an outermost one."""
+    rates = sorted({*first, *tried})
+    if not rates or not tried.keys() >= set(rates):
+        return rates
+    below, above = LADDER.index(rates[0]) - 1, LADDER.index(rates[-1]) + 1
+    if tried[rates[0]] < min(tried[rate] for rate in rates[1:]) and below >= 0:
+        rates.insert(0, LADDER[below])
+    elif tried[rates[-1]] < min(tried[rate] for rate in rates[:-1]) and above < len(LADDER):
+        rates.append(LADDER[above])
+    return rates
 
 
 def chosen_rate(rows: Sequence[Record], method: str, task: str) -> float:
     """The rate of the least validation loss; 0 for what is not trained."""
-    tried = [
-        row
-        for row in rows
-        if (row["method"], row["task"], row["purpose"]) == (method, task, "rate")
-    ]
-    best = min(tried, key=lambda row: row["validation"], default=None)
-    return float(best["rate"]) if best else 0.0
+    tried = tried_rates(rows, method, task)
+    return min(tried, key=tried.__getitem__, default=0.0)
 
 
 def measure(grid: Grid, place: Place, writer: Writer, workers: int) -> Iterator[Record]:
     """Yields each new row. An interruption leaves what was written before."""
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread)
     try:
-        for choose in (True, False):
-            rows = rows_of(writer.records)
-            cells = grid.for_rates() if choose else grid.for_scores(rows)
-            done = {tuple(row[name] for name in FIELDS) for row in rows}
-            todo = [cell for cell in cells if _key(cell) not in done]
+        while todo := to_do(grid, rows_of(writer.records)):
             futures: list[Future[dict[str, Any]]] = [pool.submit(run, c, place) for c in todo]
             for future in as_completed(futures):
                 writer.add([future.result()])
                 yield writer.records[-1]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def to_do(grid: Grid, rows: Sequence[Record]) -> list[Cell]:
+    """The cells that can be measured now: those for scores once every rate is chosen."""
+    done = {tuple(row[name] for name in FIELDS) for row in rows}
+
+    def missing(cells: list[Cell]) -> list[Cell]:
+        return [cell for cell in cells if _key(cell) not in done]
+
+    return missing(grid.for_rates(rows)) or missing(grid.for_scores(rows))
 
 
 def one_thread() -> None:

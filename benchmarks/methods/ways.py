@@ -84,7 +84,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt the base; `rates` are the learning rates to choose from, none: untrained."""
+    """A way to adapt the base; `rates` are the learning rates to try first, none: untrained."""
 
     prepare: Callable[[Start], Ready]
     rates: tuple[float, ...] = ()
@@ -216,7 +216,9 @@ def _p_tuning(tokens: int) -> PeftConfig:
     )
 
 
-WEIGHTS = (3e-4, 1e-3, 3e-3)  # rates for a model's own weights
+# Every learning rate that a search may come to; it starts from three neighbours.
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+WEIGHTS = (3e-4, 1e-3, 3e-3)  # for a model's own weights
 NETWORKS = (1e-3, 3e-3, 1e-2)  # for networks beside it, and LoRA
 EMBEDDINGS = (1e-2, 3e-2, 1e-1)  # for the embeddings of a prompt
 NUMBERS = (3e-2, 1e-1, 3e-1)  # for keys and values themselves

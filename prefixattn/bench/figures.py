@@ -9,12 +9,18 @@ from prefixattn.bench.records import Record, rows_of, runs_of, timed
 
 
 def caption(records: Sequence[Record]) -> str:
-    """The machine, the versions and the commit of the last run, in one line."""
-    run = runs_of(records)[-1]
+    """The machine, the versions and the commit of the last run, and earlier runs' machines."""
+    *before, last = [*runs_of(records)]
+    commit = f", commit {last['commit']}" if last["commit"] else ""
+    line = f"{_device(last)}, torch {last['torch']}, prefixattn {last['prefixattn']}{commit}, "
+    others = dict.fromkeys(_device(run) for run in before if _device(run) != _device(last))
+    earlier = "".join(f"; the first rows: {device}" for device in others)
+    return line + last["date"] + earlier
+
+
+def _device(run: Record) -> str:
     threads = f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}"
-    device = run["gpu"] or f"{run['processor']} ({run['instructions']}), {threads}"
-    commit = f", commit {run['commit']}" if run["commit"] else ""
-    return f"{device}, torch {run['torch']}, prefixattn {run['prefixattn']}{commit}, {run['date']}"
+    return run["gpu"] or f"{run['processor']} ({run['instructions']}), {threads}"
 
 
 def best_of_ours(rows: Sequence[Record]) -> Record | None:

@@ -41,6 +41,27 @@ def rows(path):
     return [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "row"]
 
 
+def assert_searched(losses):
+    """The search for a learning rate ended between two that are no better, or at its own ends."""
+    assert len(losses) >= 3
+    lowest, *_, highest = sorted(losses)
+    for end in (lowest, highest):
+        others = min(loss for rate, loss in losses.items() if rate != end)
+        assert losses[end] >= others or end in (1e-5, 10.0)
+
+
+def test_the_committed_results_searched_every_rate():
+    results = ROOT / "benchmarks" / "results" / "methods-zen4-2cores.jsonl"
+    searches = {}
+    for row in rows(results):
+        if row["purpose"] == "rate":
+            found = searches.setdefault((row["method"], row["task"]), {})
+            found[row["rate"]] = row["validation"]
+    assert len(searches) == 3 * 13  # tasks, and methods that train
+    for losses in searches.values():
+        assert_searched(losses)
+
+
 def test_a_quick_run_measures_every_method(results):
     found = {row["method"]: row for row in rows(results[1]) if row["purpose"] == "score"}
     assert set(found) == set(METHODS)
@@ -52,8 +73,8 @@ def test_a_quick_run_measures_every_method(results):
         assert row["validation"] == min(loss for *_, loss in row["curve"])
         assert min(row["parameters"], row["bytes"], row["peak"], row["step"]) > 0
         tried = [r for r in rows(results[1]) if (r["method"], r["purpose"]) == (name, "rate")]
-        assert len(tried) == 3
         assert row["rate"] == min(tried, key=lambda r: r["validation"])["rate"]
+        assert_searched({r["rate"]: r["validation"] for r in tried})
     assert (found["untrained base"]["parameters"], found["untrained base"]["bytes"]) == (0, 0)
     # 2 layers, 2 key heads of 16, keys and values of 8 tokens
     assert found["prefix, from text"]["parameters"] == 2 * 2 * 8 * 32
