@@ -6,6 +6,7 @@ import random
 import sys
 import zlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,24 @@ import pytest
 import torch
 
 from prefixattn import build
+
+# What other versions of transformers get wrong themselves, by a part of the tests' names that meet it.
+PEFT_LOSES = "PEFT 0.21 hands on `past_key_values`, which transformers 5.24 calls `cache`: it is lost"
+UPSTREAM: dict[str, dict[str, str]] = {
+    "5.17": {
+        "test_generation[llama4_text": "Llama 4 cannot generate",
+        "test_the_decoder_continues_a_text[umt5]": "UMT5's decoder sees what comes later",
+    },
+    "5.24": {
+        "integrations/test_encoders.py::test_equals_peft": PEFT_LOSES,
+        "integrations/test_encoder_decoder.py::test_equals_peft": PEFT_LOSES,
+        "integrations/test_peft.py::test_generation[": PEFT_LOSES,
+        "integrations/test_peft.py::test_a_base_that_generate_compiles": PEFT_LOSES,
+        "checkpoints/test_peft.py::test_a_head_travels_with_the_adapter": PEFT_LOSES,
+        "users/test_chat.py::test_pipeline_of_a_peft_model": PEFT_LOSES,
+        "test_generation[codegen-3]": "its weights say one thing, with a prefix and without",
+    },
+}
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
@@ -55,10 +74,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         absent["gpu"] = "needs a CUDA or ROCm device, and torch finds none here"
     if not HAS_TRITON:
         absent["triton"] = "needs the package triton, which is not installed here"
+    found = version("transformers") if find_spec("transformers") is not None else ""
+    upstream = UPSTREAM.get(".".join(found.split(".")[:2]), {})
     for item in items:
         for marker, reason in absent.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+        for part, reason in upstream.items():
+            if part in item.nodeid:
+                item.add_marker(pytest.mark.xfail(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

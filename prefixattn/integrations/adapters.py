@@ -33,8 +33,8 @@ def adapt(model: Any, undo: Undoing) -> bool:
     found = False
     for module in list(model.modules()):
         members = ADAPTERS.get((type(module).__module__, type(module).__name__))
-        if members is None:
-            continue
+        if members is None or (members is _own_attention and not hasattr(module, "_attn")):
+            continue  # from transformers 5.24 on, GPT-J and CodeGen go through the interface
         found = True
         setattr(module, CONFIG, model.config)
         undo.callback(delattr, module, CONFIG)

@@ -65,6 +65,10 @@ def _saves_the_prefix_too(old: type) -> dict[str, Any]:
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:
         if adapter_name != FOLDER:
             return base.load_adapter(self, model_id, adapter_name, *args, **kw)
+        around = Path(model_id).parent
+        if (around / "adapter_config.json").is_file():
+            # Where a checkpoint has subfolders, the Trainer of transformers 5.17 reads nothing else.
+            base.load_adapter(self, around, self.active_adapters[0], is_trainable=True)
         with torch.no_grad():
             saved = Prefix.from_pretrained(model_id)
             return _attached(self).load_state_dict(saved.state_dict())

@@ -18,7 +18,8 @@ from prefixattn.integrations.transformers import NAME, register
 from prefixattn.kept import forward
 from prefixattn.layers import PrefixBatch
 
-MASK_OR_PLACES = ("attention_mask", "position_ids", "past_key_values")
+CACHES = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
+MASK_OR_PLACES = ("attention_mask", "position_ids", *CACHES)
 
 
 class Source(Protocol):
@@ -83,7 +84,7 @@ class Boarding:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
-        cache = kwargs.get("past_key_values")
+        cache = _cache_in(kwargs)
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
         places = self.places.find(kwargs, inputs, cached, self.caller)
@@ -237,7 +238,7 @@ class Boarding:
         given = kwargs.get("position_ids")
         if given is None or given.ndim != 2:
             return
-        if kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        if kwargs.get("attention_mask") is not None or _cache_in(kwargs) is not None:
             return
         caches = "use_cache" in self.places.names
         if torch.compiler.is_compiling():  # which must not look at the positions
@@ -247,6 +248,10 @@ class Boarding:
             if kwargs.get("use_cache"):
                 raise ValueError("position_ids that start again (packed rows) need use_cache=False")
             kwargs["use_cache"] = False
+
+
+def _cache_in(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 def _spans(cache: Any, slots: Sequence[Slot], length: int) -> tuple[list[Span], int | Tensor]:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixattn.integrations.adapters import is_adapted, is_free_of_positions
+from prefixattn.integrations.adapters import is_free_of_positions
 from prefixattn.integrations.refusal import refusal
+
+
+# What a table's forward calls the tokens in the cache: from transformers 5.24 on, and before.
+COUNTERS = ("cache_length", "past_key_values_length")
 
 
 class Caller(NamedTuple):
@@ -136,7 +140,8 @@ class Places:
         if self.moved is None:
             return None
         given = dict(zip(argument_names(module), args, strict=False)) | kwargs
-        name = "past_key_values_length" if given.get("position_ids") is None else "position_ids"
+        name = counter_of(argument_names(module)) if given.get("position_ids") is None else None
+        name = name or "position_ids"
         given[name] = given.get(name, 0) + self._shift_of_all()
         return (), given
 
@@ -272,8 +277,8 @@ def _turning_size(stack: PreTrainedModel) -> int | None:
 
 
 def turning_tables(model: nn.Module) -> list[Tensor]:
-    """``[positions, 2 T]`` each: the sines and the cosines that attention modules turn keys by."""
-    found = [getattr(m, "embed_positions", None) for m in model.modules() if is_adapted(m)]
+    """``[positions, 2 T]`` each: the sines and the cosines that modules turn keys by (GPT-J's)."""
+    found = [getattr(module, "embed_positions", None) for module in model.modules()]
     return [table for table in found if isinstance(table, Tensor) and table.ndim == 2]
 
 
@@ -283,7 +288,7 @@ def _tables(stack: PreTrainedModel) -> list[nn.Module]:
     for name, module in _own_modules(stack):
         if _embeds_positions(name):
             names = argument_names(module)
-            if isinstance(module, nn.Embedding) or "past_key_values_length" in names:
+            if isinstance(module, nn.Embedding) or counter_of(names):
                 found.append(module)
     return found
 
@@ -319,7 +324,12 @@ def _numbering(stack: PreTrainedModel) -> _Numbering | None:
 
 
 def _counts_on(count: Callable[..., Any]) -> bool:
-    return "past_key_values_length" in inspect.signature(count).parameters
+    return counter_of(inspect.signature(count).parameters) is not None
+
+
+def counter_of(names: Container[str]) -> str | None:
+    """The argument, if any, that says how many tokens are cached."""
+    return next((name for name in COUNTERS if name in names), None)
 
 
 def _counts_mask(stack: PreTrainedModel) -> bool:
