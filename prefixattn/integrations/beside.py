@@ -67,7 +67,7 @@ def _saves_the_prefix_too(old: type) -> dict[str, Any]:
             return base.load_adapter(self, model_id, adapter_name, *args, **kw)
         around = Path(model_id).parent
         if (around / "adapter_config.json").is_file():
-            # Where a checkpoint has subfolders, the Trainer of transformers 5.17 reads nothing else.
+            # Where there are subfolders, the Trainer of transformers 5.17 reads nothing else.
             base.load_adapter(self, around, self.active_adapters[0], is_trainable=True)
         with torch.no_grad():
             saved = Prefix.from_pretrained(model_id)

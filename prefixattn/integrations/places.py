@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from prefixattn.integrations.adapters import is_free_of_positions
 from prefixattn.integrations.refusal import refusal
 
-
 # What a table's forward calls the tokens in the cache: from transformers 5.24 on, and before.
 COUNTERS = ("cache_length", "past_key_values_length")
 

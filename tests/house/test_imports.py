@@ -24,8 +24,8 @@ IMPLEMENTATIONS = "reference sdpa cpu kernels.forward kernels.backward kernels.d
 JIT = "kernels.rows kernels.scores kernels.tile"
 LAUNCH = f"torch triton problem {JIT} kernels.config kernels.arguments"
 # Module: (what it may import anywhere, what besides that inside functions). `.` is the public
-# package; a trailing `.*` means a package and everything below it. A module that is not here has no
-# rule, and fails.
+# package; a trailing `.*` means a package and everything below it; `=vllm` is the engine, beside
+# our own package of that name. A module that is not here has no rule, and fails.
 WRITTEN: dict[str, tuple[str, str]] = {
     ".": (
         "api bank encoder_decoder external gated positions prefix projected integrations",
@@ -75,12 +75,21 @@ WRITTEN: dict[str, tuple[str, str]] = {
         "positions checkpoints.*",
         "",
     ),
+    "vllm": ("vllm.versions", "vllm.*"),
+    "vllm.versions": ("", ""),
+    "vllm.claim": ("", ""),
+    "vllm.cache": ("torch", ""),
+    "vllm.folder": ("torch prefix checkpoints.* vllm.claim", ""),
+    "vllm.*": ("torch =vllm vllm.*", ""),
     "testing": ("torch problem reference api ops", ""),
     "bench.*": (
         "torch matplotlib rich typer . aten api build choose cpu problem reference testing bench.*",
         "transformers flash_attn flashinfer xformers",
     ),
-    "cli": ("torch typer rich bench.* build choose layers", "demo.* checkpoints.* transformers"),
+    "cli": (
+        "torch typer rich bench.* build choose layers vllm",
+        "demo.* checkpoints.* transformers vllm.folder",
+    ),
     "integrations": ("", "integrations.*"),
     "integrations.*": (
         f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix checkpoints.* "
@@ -111,7 +120,7 @@ def row(anywhere: str, inside: str) -> Row:
     def full(name: str) -> str:
         if name == ".":
             return PUBLIC
-        return f"{PUBLIC}.{name}" if name in WRITTEN else name
+        return f"{PUBLIC}.{name}" if name in WRITTEN else name.removeprefix("=")
 
     return Row(frozenset(map(full, anywhere.split())), frozenset(map(full, inside.split())))
 
