@@ -80,6 +80,7 @@ class Boarding:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._check_implementation(stack)
         kwargs = dict(zip(self.places.names, args, strict=False)) | kwargs
+        _refuse_weights(stack, kwargs.get("output_attentions"))
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
@@ -248,6 +249,14 @@ class Boarding:
             if kwargs.get("use_cache"):
                 raise ValueError("position_ids that start again (packed rows) need use_cache=False")
             kwargs["use_cache"] = False
+
+
+def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
+    if stack.config.output_attentions if asked is None else asked:
+        raise NotImplementedError(
+            f"{type(stack).__name__} is asked for attention weights (`output_attentions`), which "
+            "are never computed: detach() first"
+        )
 
 
 def _cache_in(kwargs: dict[str, Any]) -> Any:

@@ -1,7 +1,9 @@
 """Live modules that are given another class, which copies and pickles know how to make again."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -18,14 +20,50 @@ def derive(module: nn.Module, members: Members) -> Callable[[], None]:
 
     Returns:
         What gives the old class back.
+
+    Raises:
+        RuntimeError: the object has a method of its own where the subclass has one.
     """
     old = type(module)
-    module.__class__ = _derived(old, members)
-    return partial(_give_back, module, old)
+    new = _derived(old, members)
+    names = [name for name in members(old) if callable(getattr(old, name, None))]
+    _check_not_hidden(module, old, new, names)
+    _rebind(module, old, new, names)
+    module.__class__ = new
+    return partial(_give_back, module, old, new, names)
 
 
-def _give_back(module: nn.Module, old: type) -> None:
+def _give_back(module: nn.Module, old: type, new: type, names: list[str]) -> None:
+    _rebind(module, new, old, names)
     module.__class__ = old
+
+
+def _rebind(module: nn.Module, old: type, new: type, names: list[str]) -> None:
+    """Have bound methods that lie on the object be those of its new class.
+
+    PEFT's ``disable_adapter`` leaves ``forward`` there, accelerate's hooks ``_old_forward``.
+    """
+    for key, held in list(vars(module).items()):
+        for name in names:
+            if isinstance(held, MethodType) and held.__func__ is getattr(old, name):
+                vars(module)[key] = MethodType(getattr(new, name), module)
+
+
+def _check_not_hidden(module: nn.Module, old: type, new: type, names: list[str]) -> None:
+    """Refuse a method that lies on the object and would run in the place of the new class's."""
+    for name in names:
+        # With hooks of accelerate, `forward` lies there and calls `_old_forward`.
+        held = vars(module).get(f"_old_{name}", vars(module).get(name))
+        function = getattr(held, "__func__", held)
+        if held is None or function is getattr(old, name):
+            continue
+        ours = getattr(new, name)
+        if inspect.unwrap(function, stop=lambda at, ours=ours: at is ours) is not ours:
+            raise RuntimeError(
+                f"{old.__name__}.{name} was replaced on the object, and would not bring the "
+                "prefix: attach first, or, where accelerate did it for mixed precision, call "
+                "accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
+            )
 
 
 _classes: dict[tuple[type, Members], type] = {}

@@ -238,9 +238,14 @@ def _say_what_is_skipped(source: PeftSource, sites: Sequence[Site]) -> None:
 
 
 def _has_prefix(model: PeftModel) -> bool:
-    """Whether the active adapter is one; there may be none left."""
+    """Whether the active adapter is one, there may be none left, and the model attached to.
+
+    A method that accelerate wrapped while it was outlives `detach`.
+    """
     name = model.active_adapter
-    return isinstance(name, str) and model.peft_config[name].peft_type in TYPES
+    if not hasattr(model, SOURCE) or not isinstance(name, str):
+        return False
+    return model.peft_config[name].peft_type in TYPES
 
 
 def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:

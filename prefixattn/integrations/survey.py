@@ -333,7 +333,9 @@ def _expected(model: PreTrainedModel) -> dict[str, int]:
     types = getattr(config, "layer_types", None)
     if types:
         return {"self": sum(kind in ATTENTION_LAYERS for kind in types)}
-    layers = getattr(config, "num_hidden_layers", None)
+    # Of a decoder by itself (BART's) the other name is that of the encoder's layers.
+    decodes = getattr(config, "is_decoder", False) and hasattr(config, "decoder_layers")
+    layers = getattr(config, "decoder_layers" if decodes else "num_hidden_layers", None)
     return {} if layers is None else {"self": layers}
 
 

@@ -50,7 +50,7 @@ def blocks_of(text: str) -> list[Block]:
 def commands_in(block: Block) -> list[str]:
     """What a reader would type: what follows each ``$``, with the indented lines that go on."""
     typed = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
-    return [command.strip() for command in typed if command]
+    return [command.replace("\\\n", " ").strip() for command in typed if command]
 
 
 def commands_of(page: Path) -> list[str]:
