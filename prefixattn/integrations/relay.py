@@ -7,10 +7,11 @@ from torch import nn
 
 from prefixattn.integrations.carrier import KEYWORD, Carrier
 from prefixattn.integrations.derived import derive
+from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.undo import Undoing
 
 RELAYED = "prefixattn_carrier"
-"""The attribute of an attention module that holds the carrier while its layer runs."""
+"""The attribute of an attention module that holds the carrier while its layer runs in a thread."""
 
 SENDER = "prefixattn_sender"
 RECEIVERS = "prefixattn_receivers"
@@ -36,6 +37,9 @@ def relay(
         sender: where the keyword does not reach even ``layer``: who gives it to each call.
         undo: learns how to take every step back.
     """
+    for module in attentions:
+        setattr(module, RELAYED, PerThread[Carrier]())
+        undo.callback(delattr, module, RELAYED)
     for name, content in ((SENDER, sender), (RECEIVERS, list(attentions))):
         setattr(layer, name, content)
         undo.callback(delattr, layer, name)
@@ -51,13 +55,13 @@ def _lends(old: type) -> dict[str, Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         carrier = kwargs.pop(KEYWORD, None)
-        receivers = getattr(self, RECEIVERS)
-        for module in receivers:
-            setattr(module, RELAYED, carrier)
+        lent = [getattr(module, RELAYED) for module in getattr(self, RECEIVERS)]
+        for each in lent:
+            each.set(carrier)
         try:
             return old.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            for module in receivers:
-                delattr(module, RELAYED)
+            for each in lent:
+                each.set(None)
 
     return {"__call__": call, "forward": forward}

@@ -131,7 +131,8 @@ def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:
     if index is None:
         return None
     carrier: Carrier | None = kwargs.get(KEYWORD)
-    carrier = getattr(module, RELAYED, None) if carrier is None else carrier
+    if carrier is None and (relayed := getattr(module, RELAYED, None)) is not None:
+        carrier = relayed.get()
     if carrier is None:
         raise RuntimeError(
             f"{type(module).__name__} has a prefix, but the forward that reached it did not bring "
