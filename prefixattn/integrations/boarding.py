@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
+from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Caller, Places, argument_names, by_key
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
@@ -72,8 +73,9 @@ class Boarding:
         self.takes_keywords = takes_keywords(stack)
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.trains = any(group.source.trains for group in groups)  # when it was last seen
-        self.current: Carrier | None = None  # of the forward that runs now, for a relay
-        self.caller: Caller | None = None  # of the forward that runs now, where a model is around
+        # Of the forward that runs now: for a relay, and where a model is around the stack.
+        self.current: PerThread[Carrier] = PerThread()
+        self.caller: PerThread[Caller] = PerThread()
 
     def __call__(
         self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -88,7 +90,8 @@ class Boarding:
         cache = _cache_in(kwargs)
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
-        places = self.places.find(kwargs, inputs, cached, self.caller)
+        caller = self.caller.get()
+        places = self.places.find(kwargs, inputs, cached, caller)
         # While compiling, transformers takes every mask-free batch with positions for packed
         # documents, and builds a dense mask. A mask that hides nothing prevents it.
         unpadded = (
@@ -106,16 +109,17 @@ class Boarding:
             batches = self._batches(stack, kwargs)
             entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
         mask = by_key(kwargs.get("attention_mask"))
-        mask = self.caller.mask if mask is None and self.caller is not None else mask
+        mask = caller.mask if mask is None and caller is not None else mask
         carrier = Carrier(entries, spans, self.slots, text, self.options, mask, unpadded=unpadded)
-        self.current = carrier
+        self.current.set(carrier)
         if self.takes_keywords:
             kwargs[KEYWORD] = carrier
         return (), kwargs
 
     def leave(self, stack: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         """After the stack's forward: nothing of it is kept."""
-        self.current = self.caller = None
+        self.current.set(None)
+        self.caller.set(None)
         self.places.forget()
 
     def note_caller(
@@ -125,7 +129,7 @@ class Boarding:
         if args:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
         mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        self.caller = Caller(by_key(mask), places is not None)
+        self.caller.set(Caller(by_key(mask), places is not None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is unpickled in a new process finds its attention function there."""
@@ -193,8 +197,8 @@ class Boarding:
                 continue
             shifts = self.options.positions == "shift"
             self.places.check(text, rows.most if shifts else 0, cached, inputs.shape[1])
-            if shifts:
-                self.places.move(kwargs, places, rows.shift, cached)
+            # Where the text stays, it begins at place 0 still, and not at its padding's end.
+            self.places.move(kwargs, places, rows.shift if shifts else 0, cached)
             found += self._biased(group, own, text, rows)
         return found
 

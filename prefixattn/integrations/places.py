@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.adapters import is_free_of_positions
+from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.refusal import refusal
 
 # What a table's forward calls the tokens in the cache: from transformers 5.24 on, and before.
@@ -22,6 +23,13 @@ class Caller(NamedTuple):
 
     mask: Tensor | None
     places: bool
+
+
+class Moved(NamedTuple):
+    """Where a forward's text stands, ``[B or 1, M]``, and how much further on than it did."""
+
+    places: Tensor
+    shift: int | Tensor
 
 
 def by_key(mask: Any) -> Tensor | None:
@@ -74,8 +82,7 @@ class Places:
         self.movable = (
             self.takes_ids or bool(self.tables or self.biases) or is_free_of_positions(stack)
         ) and not self.restarts
-        self.moved: Tensor | None = None  # of this forward, for the tables' hook
-        self.shift: int | Tensor = 0
+        self.moved: PerThread[Moved] = PerThread()  # by this forward, for the tables' hooks
 
     def find(
         self,
@@ -124,32 +131,34 @@ class Places:
         cached: int | Tensor,
     ) -> None:
         """Have the text stand ``shift`` (an int, or ``[B, 1]``) further on, in this forward."""
-        self.moved, self.shift = places + shift, shift
+        moved = Moved(places + shift, shift)
+        self.moved.set(moved)
         if not self.takes_ids:
             return  # a table of positions is hooked, and relative biases are distances
         if self.numbering is not None and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = self.numbering(kwargs, cached + shift)
         else:
-            kwargs["position_ids"] = self.moved
+            kwargs["position_ids"] = moved.places
 
     def table_hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a table that counts from the cache is read: count the prefix too."""
-        if self.moved is None:
+        moved = self.moved.get()
+        if moved is None:
             return None
         given = dict(zip(argument_names(module), args, strict=False)) | kwargs
         name = counter_of(argument_names(module)) if given.get("position_ids") is None else None
         name = name or "position_ids"
-        given[name] = given.get(name, 0) + self._shift_of_all()
+        given[name] = given.get(name, 0) + self._shift_of_all(moved.shift)
         return (), given
 
-    def _shift_of_all(self) -> int:
+    def _shift_of_all(self, shift: int | Tensor) -> int:
         """The shift that all rows have in common."""
-        if isinstance(self.shift, int):
-            return self.shift
-        first = int(self.shift[0])
-        if not bool((self.shift == first).all()):
+        if isinstance(shift, int):
+            return shift
+        first = int(shift[0])
+        if not bool((shift == first).all()):
             raise NotImplementedError(
                 f"{self.kind} counts places for all rows at once: all prefixes must be as long"
             )
@@ -157,13 +166,14 @@ class Places:
 
     def embedding_hook(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After a table of learned or sinusoidal positions was read: read it further on."""
-        if self.moved is None:
+        moved = self.moved.get()
+        if moved is None:
             return None
-        return nn.functional.embedding(self.moved + getattr(module, "offset", 0), module.weight)
+        return nn.functional.embedding(moved.places + getattr(module, "offset", 0), module.weight)
 
     def forget(self) -> None:
         """This forward moves nothing."""
-        self.moved, self.shift = None, 0
+        self.moved.set(None)
 
     def bias(
         self, module: nn.Module, places: Tensor, num_tokens: int, lengths: Tensor | None

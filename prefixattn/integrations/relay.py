@@ -20,7 +20,7 @@ RECEIVERS = "prefixattn_receivers"
 class Sender(Protocol):
     """Who knows the carrier of the forward that runs now."""
 
-    current: Carrier | None
+    current: PerThread[Carrier]
 
 
 def relay(
@@ -50,7 +50,7 @@ def _lends(old: type) -> dict[str, Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         sender = getattr(self, SENDER)
         if sender is not None:
-            kwargs[KEYWORD] = sender.current
+            kwargs[KEYWORD] = sender.current.get()
         return old.__call__(self, *args, **kwargs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -332,3 +332,26 @@ def test_more_tokens_than_a_model_was_made_for_are_said_once(attach: Any) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.ones(1, 60, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "opt", "gemma3", "phi3"])
+def test_padding_changes_nothing_where_the_text_stays(
+    case: Callable[..., Any], attach: Any, name: str
+) -> None:
+    given = case(name)
+    attach(given.model, given.prefix(), positions="keep")
+    ids, pad = given.input_ids, torch.zeros(2, 3, dtype=torch.long)
+    mask = torch.cat([pad, torch.ones_like(ids)], dim=1)
+    padded = torch.cat([pad, ids], dim=1)
+    with torch.no_grad():
+        expected = given.model(ids).logits
+        found = given.model(padded, attention_mask=mask).logits[:, 3:]
+        assert (found - expected).abs().max() <= given.tolerance
+        made = [
+            given.model.generate(
+                row, attention_mask=seen, max_new_tokens=5, do_sample=False, eos_token_id=None
+            )[:, -5:]
+            for row, seen in ((ids, torch.ones_like(ids)), (padded, mask))
+        ]
+    assert torch.equal(*made)
+    assert (expected - given.plain).abs().max() > 0.05

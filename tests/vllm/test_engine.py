@@ -5,6 +5,8 @@ from statistics import mean
 
 import pytest
 
+from prefixattn.vllm.versions import installed_version
+
 LOGPROB = 1e-4
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 # Each with what its counters must show; in blocks of 32 a prefix of 40 has 8 tokens in its last.
@@ -58,7 +60,10 @@ def assert_right(rows, world):
 
 
 @pytest.mark.parametrize(("options", "counted"), WAYS.values(), ids=WAYS.keys())
-def test_answers_are_those_of_the_oracles(battery, world, options, counted):
+def test_answers_are_those_of_the_oracles(battery, world, options, counted, request):
+    if installed_version().startswith("0.30.") and "speculative_config" in str(options):
+        why = "vLLM 0.30 cannot warm up its own speculation on a CPU, adapters or not"
+        request.applymarker(pytest.mark.xfail(raises=AssertionError, reason=why))
     found = battery(**options)
     assert_right(found["rows"], world)
     assert {row["adapter"] for row in found["rows"]} == {
