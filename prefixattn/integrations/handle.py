@@ -258,19 +258,33 @@ def warn_of_dead_tokens(
     num_tokens: int, sites: list[Site], options: Options, stacklevel: int
 ) -> None:
     """Say where no query of any text reaches the first prefix tokens."""
-    windows = [site.window for site in sites if site.window is not None]
-    if options.prefix_in_window != "positions" or not windows:
+    if options.prefix_in_window != "positions":
         return
-    dead = num_tokens - min(windows) + 1
-    if dead > 0:
-        names = [site.name for site in sites if site.window == min(windows)]
+    layers: dict[tuple[int, str], list[str]] = {}
+    for site in sites:
+        dead, why = _dead_tokens(num_tokens, site)
+        if dead > 0:
+            layers.setdefault((dead, why), []).append(site.name)
+    found = [
+        f"{dead} of {num_tokens} in {len(names)} of {len(sites)} layers ({', '.join(names[:3])}"
+        f"{', …' if len(names) > 3 else ''}), whose {why}"
+        for (dead, why), names in layers.items()
+    ]
+    if found:
         warnings.warn(
-            f"{dead} of {num_tokens} prefix tokens (the first ones) are out of every query's reach "
-            f"in {len(names)} of {len(sites)} layers ({', '.join(names[:3])}"
-            f"{', …' if len(names) > 3 else ''}), whose window is {min(windows)}; "
+            f"the first prefix tokens are out of every query's reach: {'; '.join(found)}; "
             'prefix_in_window="visible" shows them',
             stacklevel=stacklevel,
         )
+
+
+def _dead_tokens(num_tokens: int, site: Site) -> tuple[int, str]:
+    """How many tokens the first query of a text does not reach in a layer, and for what."""
+    if site.chunk is not None:
+        return num_tokens // site.chunk * site.chunk, f"chunks are of {site.chunk}"
+    if site.window is not None:
+        return num_tokens - site.window + site.causal, f"window is {site.window}"
+    return 0, ""
 
 
 def check_shapes(prefix: Any, sites: list[Site], part: str = "self") -> None:

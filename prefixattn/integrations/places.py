@@ -215,8 +215,12 @@ class Places:
                 model turns its keys by other frequencies: the prefix's keys are of those before.
         """
         limits = [x for x in (self.table, self.border, self.longest) if x is not None]
-        if not limits or torch.compiler.is_compiling() or isinstance(cached, Tensor):
+        if not limits or torch.compiler.is_compiling():
             return
+        if isinstance(cached, Tensor):  # of a static cache
+            if cached.device.type != "cpu":  # to read it would wait for the device, at each token
+                return
+            cached = int(cached)
         first = 0 if self.numbering is None else self.numbering.first
         if first + before + cached + length <= min(limits):
             return

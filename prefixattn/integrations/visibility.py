@@ -76,13 +76,18 @@ def by_place(
 def by_mask(query: Tensor, mask: Tensor, seat: Seat | None, causal: bool) -> dict[str, Any]:
     """Arguments where a mask ``[B, 1, M, N]`` rules the sequence half."""
     arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": False}
-    if seat is None or seat.entry is None or not seat.counts_as_text:
+    if seat is None or seat.entry is None:
         return arguments
-    if seat.slot.chunk is not None:
+    if seat.slot.chunk is not None and (
+        seat.counts_as_text or seat.carrier.options.positions == "shift"
+    ):
         raise NotImplementedError(
             "layers that attend in chunks cannot follow a mask of their own (packed rows, a 4D "
-            'mask) behind a prefix that counts as text; prefix_in_window="visible" can'
+            "mask) behind a prefix that moves where chunks begin; "
+            'prefix_in_window="visible" with positions="keep" can'
         )
+    if not seat.counts_as_text:
+        return arguments
     window, entry = seat.slot.window, seat.entry
     if window is not None:
 

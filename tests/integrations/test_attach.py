@@ -129,7 +129,7 @@ def test_prefix_always_visible_in_a_window(case: Callable[..., Any], attach: Any
 def test_a_warning_of_tokens_out_of_reach(case: Callable[..., Any], attach: Any) -> None:
     mistral = case("mistral")
     prefix = Prefix.random(mistral.model, mistral.model.config.sliding_window + 1)
-    with pytest.warns(UserWarning, match="2 of 10 prefix tokens .* 2 of 2 layers") as caught:
+    with pytest.warns(UserWarning, match="2 of 10 in 2 of 2 layers") as caught:
         handle = attach(mistral.model, prefix)
     assert caught[0].filename == __file__
     handle.detach()

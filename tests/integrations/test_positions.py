@@ -355,3 +355,35 @@ def test_padding_changes_nothing_where_the_text_stays(
         ]
     assert torch.equal(*made)
     assert (expected - given.plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_a_static_cache_runs_over_the_table(
+    case: Callable[..., Any], attach: Any, name: str
+) -> None:
+    given = case(name, **{"n_positions" if name == "gpt2" else "max_position_embeddings": 20})
+    attach(given.model, given.prefix())
+    with pytest.raises(ValueError, match="knows positions up to 19"):
+        given.model.generate(given.input_ids, max_new_tokens=9, cache_implementation="static")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "said"),
+    [
+        ("llama4_text", 19, r"\d+ of 19 in .* layers .*, whose chunks are of"),
+        ("mistral", 19, r"\d+ of 19 in .* layers .*, whose window is"),
+    ],
+)
+def test_tokens_that_no_query_reaches_are_said(
+    case: Callable[..., Any], attach: Any, name: str, num_tokens: int, said: str
+) -> None:
+    model = case(name).model.requires_grad_(False)
+    prefix = Prefix.random(model, num_tokens).to(model.dtype)
+    with pytest.warns(UserWarning, match=said) as caught:
+        attach(model, prefix)
+    (message,) = [str(each.message) for each in caught if "reach" in str(each.message)]
+    model(torch.randint(2, 90, (1, 4))).logits.pow(2).sum().backward()
+    dead = [int((value.grad.abs().sum((0, 2)) == 0).sum()) for value in prefix.values]
+    for count in {count for count in dead if count}:
+        assert f"{count} of {num_tokens} in {dead.count(count)} of {len(dead)} layers" in message
+    assert any(dead)
