@@ -63,13 +63,17 @@ def _check_not_hidden(module: nn.Module, old: type, new: type) -> None:
         function = getattr(held, "__func__", held)
         if held is None or function is getattr(old, name):
             continue
-        ours = getattr(new, name)
-        if inspect.unwrap(function, stop=lambda at, ours=ours: at is ours) is not ours:
+        if not _wraps(function, getattr(new, name)):
             raise RuntimeError(
                 f"{old.__name__}.{name} was replaced on the object, and would not bring the "
                 "prefix: attach first, or, where accelerate did it for mixed precision, call "
                 "accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
             )
+
+
+def _wraps(function: Any, wanted: Any) -> bool:
+    """Whether ``wanted`` is what ``function`` wraps, if not the function itself."""
+    return inspect.unwrap(function, stop=lambda at: at is wanted) is wanted
 
 
 _classes: dict[tuple[type, Members], type] = {}
