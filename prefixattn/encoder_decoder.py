@@ -11,12 +11,13 @@ from prefixattn.files import read_json, write_json
 from prefixattn.layers import Positions, PrefixSource
 from prefixattn.prefix import Prefix
 from prefixattn.stored import CONFIG_FILE as PREFIX_FILE
+from prefixattn.stored import ENCODER_DECODER_FILE as CONFIG_FILE
+from prefixattn.stored import TENSORS_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTS = ("encoder", "decoder", "cross")
-CONFIG_FILE = "encoder_decoder_prefix.json"
 
 
 class EncoderDecoderPrefix(nn.Module):
@@ -113,6 +114,8 @@ class EncoderDecoderPrefix(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write each part into a folder of its own below ``path``.
 
+        An earlier prefix in the folder is replaced.
+
         Raises:
             TypeError: a part that has nothing to save, an `ExternalPrefix`.
         """
@@ -123,7 +126,10 @@ class EncoderDecoderPrefix(nn.Module):
         for name, prefix in self.parts.items():
             if isinstance(prefix, Prefix | PrefixBank):
                 prefix.save_pretrained(folder / name)
+            if isinstance(prefix, PrefixBank):
+                _remove_prefix(folder / name)
         write_json(folder / CONFIG_FILE, {"format": "prefixattn", "parts": sorted(self.parts)})
+        _remove_prefix(folder)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "EncoderDecoderPrefix":
@@ -138,6 +144,12 @@ class EncoderDecoderPrefix(nn.Module):
         if not isinstance(names, list) or not names or any(n not in PARTS for n in names):
             raise ValueError(f"{folder / CONFIG_FILE}: parts must be some of {PARTS}, got {names}")
         return cls(**{name: _read(folder / name) for name in names})
+
+
+def _remove_prefix(folder: Path) -> None:
+    """Take away a plain prefix's files, which would be read in the place of what is there now."""
+    for name in (PREFIX_FILE, TENSORS_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> Prefix | PrefixBank:

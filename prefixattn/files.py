@@ -29,13 +29,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write ``tensors`` to ``path`` as safetensors, whole or not at all."""
     ready = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    replace_file(path, lambda temporary: save_file(ready, temporary, metadata={"format": "pt"}))
+    header = {"format": "pt"} | dict(metadata or {})
+    replace_file(path, lambda temporary: save_file(ready, temporary, metadata=header))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Prefixes: the trained or shared keys and values of every layer, as modules."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
@@ -29,10 +30,12 @@ from prefixattn.layers import (
 )
 from prefixattn.stored import (
     CONFIG_FILE,
+    ENCODER_DECODER_FILE,
     FORMAT,
     FORMAT_VERSION,
     TENSORS_FILE,
     StoredPrefix,
+    as_metadata,
     read_config,
 )
 
@@ -73,6 +76,9 @@ class Prefix(PrefixSource):
     layers: list[int]
     kind: ClassVar[str] = "prefix"
     positions: Positions = "shift"
+    saved_beside = False
+    """Whether the PeftModel that it is attached to has it in its files."""
+
     _kinds: ClassVar[dict[str, "type[Prefix]"]] = {}
 
     def __init_subclass__(cls, *, kind: str | None = None, **keywords: Any) -> None:
@@ -182,6 +188,18 @@ class Prefix(PrefixSource):
         if not (self.training and self.dropout):
             return tensor
         return nn.functional.dropout(tensor, self.dropout)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Say that the files PEFT makes of such a state do not hold what trains here."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        adapted = any(".base_layer." in name for name in destination)
+        if adapted and not self.saved_beside and any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                "the files that PEFT saves of this model hold its adapters, and not the prefix, "
+                "which trains too: save it by Prefix.save_pretrained, or attach it to the "
+                "PeftModel, after adding adapters, whose save_pretrained then writes both",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         where = "" if len(self.layers) == self.num_layers else f", layers={self.layers}"
@@ -298,17 +316,20 @@ class Prefix(PrefixSource):
     def save_pretrained(self, path: str | Path) -> None:
         """Write the prefix into the folder ``path``: safetensors and a small JSON file.
 
-        Each file is written whole or not at all. ``layers.{i}.key`` and ``layers.{i}.value`` are
-        what the attention sees, whatever kind of prefix this is.
+        Each file is written whole or not at all, and one that is left from another save is refused
+        on reading. ``layers.{i}.key`` and ``layers.{i}.value`` are what the attention sees,
+        whatever kind of prefix this is. An earlier prefix in the folder is replaced.
         """
-        folder = Path(path)
+        folder, config = Path(path), self._config()
         tensors = {}
         with torch.no_grad():
             for layer, (key, value) in zip(self.layers, self(), strict=True):
                 tensors[f"layers.{layer}.key"] = key
                 tensors[f"layers.{layer}.value"] = value
-        write_tensors(folder / TENSORS_FILE, tensors | self._own_tensors())
-        write_json(folder / CONFIG_FILE, self._config())
+        tensors |= self._own_tensors()
+        write_tensors(folder / TENSORS_FILE, tensors, as_metadata(config))
+        write_json(folder / CONFIG_FILE, config)
+        (folder / ENCODER_DECODER_FILE).unlink(missing_ok=True)  # it names parts, no longer in use
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Prefix":

@@ -1,5 +1,6 @@
 """A folder that holds one prefix: what it says, held to the rules before any numbers are read."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from prefixattn.layers import LayerShape, Positions, check_layers, spread
 
 TENSORS_FILE = "prefix.safetensors"
 CONFIG_FILE = "prefix_config.json"
+ENCODER_DECODER_FILE = "encoder_decoder_prefix.json"
+SAVED_WITH = "prefix_config"
+"""Of the tensors' metadata, what the JSON file beside them says."""
 FORMAT = "prefixattn"
 FORMAT_VERSION = 1
 
@@ -45,7 +49,8 @@ class StoredPrefix:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is truncated, of another format, or the two do not fit together.
+            ValueError: a file is truncated, of another format, or the two do not fit together or
+                are of different saves.
         """
         config = read_config(folder)
         source = folder / CONFIG_FILE
@@ -53,6 +58,7 @@ class StoredPrefix:
         stamp = _stamp(file)
         num_layers = read_number(config, "num_layers", source)
         with _opened(file) as tensors:
+            _check_saved_together(config, tensors.metadata() or {}, folder)
             names = [name for name in tensors.keys() if name.startswith("layers.")]  # noqa: SIM118
             layers = _layers(config, num_layers, len(names), source)
             _check_names(names, layers, num_layers, folder)
@@ -124,6 +130,10 @@ class StoredPrefix:
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON file of a saved prefix, if it is of our format."""
     source = folder / CONFIG_FILE
+    if not source.is_file() and folder.exists():
+        raise FileNotFoundError(
+            f"no {CONFIG_FILE} in {folder}; prefixattn.checkpoints.load reads other formats"
+        )
     config = read_json(source)
     if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
         raise ValueError(
@@ -131,6 +141,23 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{config.get('format')!r} version {config.get('version')!r}"
         )
     return config
+
+
+def as_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """What keeps tensors from being read with the JSON file of another save."""
+    return {SAVED_WITH: json.dumps(config, sort_keys=True)}
+
+
+def _check_saved_together(
+    config: Mapping[str, Any], metadata: Mapping[str, str], folder: Path
+) -> None:
+    """Raise where the tensors are of another save than the JSON file; earlier ones do not say."""
+    expected = metadata.get(SAVED_WITH)
+    if expected is not None and as_metadata(config)[SAVED_WITH] != expected:
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} is not what {TENSORS_FILE} was saved with, for saving was "
+            f"interrupted or the file was edited. It must be {expected}"
+        )
 
 
 def _layers(config: Mapping[str, Any], num_layers: int, found: int, source: Path) -> list[int]:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prefixattn.bank import PrefixBank
+from prefixattn.checkpoints import load
+from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.gated import GatedPrefix
 from prefixattn.layers import LayerShape
 from prefixattn.prefix import Prefix
@@ -136,6 +139,64 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: Any) -> 
     assert len(os.listdir(tmp_path)) == 2
 
 
+def as_earlier_versions_did(folder: Path) -> None:
+    """Have the tensors not say what they were saved with."""
+    save_file(load_file(folder / "prefix.safetensors"), folder / "prefix.safetensors")
+
+
+def test_files_of_two_saves_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """Saving was interrupted between the two: what is frozen now would train."""
+    some_prefix().save_pretrained(tmp_path)
+
+    def broken(path: Path, content: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("prefixattn.prefix.write_json", broken)
+    second = some_prefix(num_frozen_tokens=3)
+    with pytest.raises(OSError, match="disk full"):
+        second.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"prefix_config.json is not what .* was saved with") as e:
+        Prefix.from_pretrained(tmp_path)
+    said = str(e.value).partition("It must be ")[2]
+    (tmp_path / "prefix_config.json").write_text(said)
+    back = Prefix.from_pretrained(tmp_path)
+    assert same(back, second)
+    assert back.num_frozen_tokens == 3
+
+
+def test_files_of_earlier_versions_load(kept: Prefix, tmp_path: Path) -> None:
+    kept.save_pretrained(tmp_path)
+    as_earlier_versions_did(tmp_path)
+    assert same(Prefix.from_pretrained(tmp_path), kept)
+
+
+def test_a_prefix_over_an_encoder_decoders(tmp_path: Path) -> None:
+    EncoderDecoderPrefix(encoder=some_prefix(), cross=some_prefix()).save_pretrained(tmp_path)
+    prefix = some_prefix()
+    prefix.save_pretrained(tmp_path)
+    back = load(tmp_path)
+    assert isinstance(back, Prefix)
+    assert same(back, prefix)
+
+
+def test_an_encoder_decoders_over_a_prefix(tmp_path: Path) -> None:
+    some_prefix().save_pretrained(tmp_path)
+    EncoderDecoderPrefix(decoder=some_prefix()).save_pretrained(tmp_path)
+    assert isinstance(load(tmp_path), EncoderDecoderPrefix)
+    with pytest.raises(FileNotFoundError, match="no prefix_config.json"):
+        Prefix.from_pretrained(tmp_path)
+
+
+def test_a_bank_over_a_prefix_as_a_part(tmp_path: Path) -> None:
+    EncoderDecoderPrefix(decoder=some_prefix()).save_pretrained(tmp_path)
+    bank = PrefixBank([some_prefix(), some_prefix()])
+    EncoderDecoderPrefix(decoder=bank).save_pretrained(tmp_path)
+    back = EncoderDecoderPrefix.from_pretrained(tmp_path).parts["decoder"]
+    assert isinstance(back, PrefixBank)
+    assert back.names == bank.names
+
+
 def damaged(folder: Path, what: str) -> None:
     tensors_file, config_file = folder / "prefix.safetensors", folder / "prefix_config.json"
     config, tensors = json.loads(config_file.read_text()), load_file(tensors_file)
@@ -226,6 +287,7 @@ def test_a_damaged_projection(tmp_path: Path) -> None:
 def test_a_projection_of_another_size(tmp_path: Path) -> None:
     ProjectedPrefix(SHAPES, P, 6, 7).save_pretrained(tmp_path)
     file = tmp_path / "prefix_config.json"
+    as_earlier_versions_did(tmp_path)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_dim": 8}))
     with pytest.raises(ValueError, match="the projection must be"):
         Prefix.from_pretrained(tmp_path)

@@ -16,6 +16,8 @@ from prefixattn.files import MOST_LAYERS, check_floating, replace_file
 from prefixattn.prefix import Prefix
 
 HALVES = ("keys", "values")
+SUFFIXES = (".pt", ".torch")
+"""Those of a file that is recognised as a cartridge."""
 
 
 def save_cartridge(prefix: Prefix, path: str | Path) -> None:
@@ -23,11 +25,15 @@ def save_cartridge(prefix: Prefix, path: str | Path) -> None:
 
     Args:
         prefix: with a prefix in every layer; its frozen tokens are the cartridge's.
-        path: the file to write.
+        path: the file to write, with one of `SUFFIXES`.
 
     Raises:
-        ValueError: gates, layers without a prefix, or keys for positions that are kept.
+        ValueError: another suffix, gates, layers without a prefix, or keys for positions that are
+            kept.
     """
+    file = Path(path)
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"a cartridge's path must end in {' or '.join(SUFFIXES)}, got {file.name}")
     if prefix.kind == "gated":
         raise ValueError("a cartridge has no gates; Prefix.save_pretrained holds them")
     if prefix.positions != "shift":
@@ -44,7 +50,7 @@ def save_cartridge(prefix: Prefix, path: str | Path) -> None:
             frozen = [x[:, :, :count].clone() for x in whole]  # a tensor each, if an empty one
             content[f"trainable_{half}"] = _parameters([x[:, :, count:].clone() for x in whole])
             content[f"frozen_{half}"] = _parameters(frozen, trains=False)
-    replace_file(Path(path), lambda temporary: torch.save(content, temporary))
+    replace_file(file, lambda temporary: torch.save(content, temporary))
 
 
 def load_cartridge(path: str | Path) -> Prefix:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefixattn.checkpoints.pickles import read_pickle
 from prefixattn.files import (
@@ -32,15 +32,18 @@ EMBEDDING = "embedding.weight"
 NETWORK = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 
 
-def save_ptuning_v2(prefix: Prefix, path: str | Path) -> None:
+def save_ptuning_v2(prefix: Prefix, path: str | Path, model: nn.Module | None = None) -> None:
     """Write ``prefix`` as P-tuning v2's ``prefix_encoder``, without the rest of a model's state.
 
     Args:
         prefix: with the same heads and head dims in every layer; a projection is folded in.
         path: the folder to write.
+        model: the base model. P-tuning v2 takes keys to have the heads and the width of the
+            queries; without the model that is not checked, and what is written is wrong for a model
+            with fewer key heads.
 
     Raises:
-        ValueError: the format cannot hold this prefix.
+        ValueError: the format cannot hold this prefix, or not that of such a model.
     """
     shapes = set(prefix.layer_shapes)
     shape = shapes.pop()
@@ -55,6 +58,7 @@ def save_ptuning_v2(prefix: Prefix, path: str | Path) -> None:
             "P-tuning v2 needs the same heads and head dims in every layer, keys and values alike; "
             f"prefix has {prefix.layer_shapes}"
         )
+    _check_model(model, shape)
     with torch.no_grad():
         flat = [single(x).transpose(0, 1).flatten(1) for pair in prefix() for x in pair]
     config = {
@@ -67,6 +71,21 @@ def save_ptuning_v2(prefix: Prefix, path: str | Path) -> None:
     folder = Path(path)
     write_tensors(folder / TENSORS_FILE, {PREFIX + EMBEDDING: torch.cat(flat, dim=1)})
     write_json(folder / CONFIG_FILE, config)
+
+
+def _check_model(model: Any, shape: LayerShape) -> None:
+    """Raise where the configuration that is written would not describe ``model``."""
+    if model is None:
+        return
+    config = model.config.get_text_config()
+    wanted = (config.num_attention_heads, config.hidden_size)
+    found = (shape.num_heads, shape.num_heads * shape.key_dim)
+    if found != wanted:
+        raise ValueError(
+            "P-tuning v2 needs keys of as many heads as the queries and as wide as the model, "
+            f"{wanted[0]} heads and {wanted[1]} numbers for {type(model).__name__}; prefix has "
+            f"{found[0]} heads and {found[1]} numbers"
+        )
 
 
 def load_ptuning_v2(path: str | Path) -> Prefix:

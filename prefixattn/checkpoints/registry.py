@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from prefixattn.checkpoints.adapterhub import ARCHITECTURE, load_adapterhub, save_adapterhub
-from prefixattn.checkpoints.cartridges import load_cartridge, save_cartridge
+from prefixattn.checkpoints.cartridges import SUFFIXES, load_cartridge, save_cartridge
 from prefixattn.checkpoints.llama_adapter import load_adaption_prompt
 from prefixattn.checkpoints.peft import SEQ2SEQ, load_peft, save_peft
 from prefixattn.checkpoints.ptuning import load_ptuning_v2, save_ptuning_v2
-from prefixattn.encoder_decoder import CONFIG_FILE as ENCODER_DECODER_FILE
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.files import read_json, read_tensors
 from prefixattn.layers import Positions
@@ -21,6 +20,7 @@ from prefixattn.positions import move_prefix
 from prefixattn.prefix import Prefix
 from prefixattn.projected import ProjectedPrefix
 from prefixattn.stored import CONFIG_FILE as PREFIX_FILE
+from prefixattn.stored import ENCODER_DECODER_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,7 +128,7 @@ FORMATS = {
         Format(
             "cartridge",
             "HazyResearch's cartridge, one .pt file",
-            lambda path: path.is_file() and path.suffix in (".pt", ".torch"),
+            lambda path: path.is_file() and path.suffix in SUFFIXES,
             lambda path, model: load_cartridge(path),
             lambda prefix, path, model: save_cartridge(prefix, path),
         ),
@@ -137,7 +137,7 @@ FORMATS = {
             "P-tuning v2's prefix_encoder in a model's state",
             _is_ptuning_v2,
             lambda path, model: load_ptuning_v2(path),
-            lambda prefix, path, model: save_ptuning_v2(prefix, path),
+            lambda prefix, path, model: save_ptuning_v2(prefix, path, model),
         ),
     )
 }
@@ -194,7 +194,8 @@ def save(prefix: Loaded, path: str | Path, format: str = "prefixattn", model: Mo
         prefix: a `Prefix` of any kind, or an `EncoderDecoderPrefix`.
         path: a folder, or a cartridge's file.
         format: a name of `FORMATS`.
-        model: the base model, for what PEFT's files say of it.
+        model: the base model, for what PEFT's files say of it, and to refuse as P-tuning v2 what it
+            could not read.
 
     Raises:
         ValueError: the format would lose something of ``prefix``, which is named, or is unknown.

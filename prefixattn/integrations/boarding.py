@@ -225,7 +225,8 @@ class Boarding:
         if self.trains and not trains and any(p.requires_grad for p in stack.parameters()):
             warnings.warn(
                 "the prefix was frozen after it was attached (adding a LoRA adapter freezes all "
-                "other parameters); requires_grad_(True) on the prefix trains it again",
+                "other parameters); requires_grad_(True) on the prefix trains it again, and its "
+                "save_pretrained saves it",
                 stacklevel=2,
             )
         self.trains = trains

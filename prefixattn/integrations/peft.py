@@ -194,9 +194,20 @@ class PeftSource:
         return encoder(tokens[None])[0]
 
     @contextmanager
-    def rows(self, names: Sequence[str] | None) -> Iterator[None]:
-        """A call of the PeftModel: row ``i`` reads the adapter ``names[i]``; None: the active."""
+    def rows(self, names: Sequence[str] | None, *inputs: Any) -> Iterator[None]:
+        """A call of the PeftModel: row ``i`` reads the adapter ``names[i]``; None: the active.
+
+        The first tensor of ``inputs`` has a row for each name; one row may be several, packed.
+        """
         model = self.model
+        if isinstance(names, str) or (names is not None and not names):
+            raise ValueError(f"adapter_names must be a list of a name for each row, got {names!r}")
+        count = next((len(x) for x in inputs if isinstance(x, Tensor)), 1)
+        if names is not None and count not in (1, len(names)):
+            raise ValueError(
+                "adapter_names must hold a name for each row: they were chosen for "
+                f"{len(names)} rows, but the input has {count}"
+            )
         for name in names or ():
             if name != BASE and name not in model.peft_config:
                 raise ValueError(
@@ -266,11 +277,13 @@ def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
                 raise NotImplementedError(f"{name} is not supported by an attached {old.__name__}")
         if hasattr(self, "base_model_prepare_inputs_for_generation"):
             _drop_token_types(given)
-        with getattr(self, SOURCE).rows(names):
+        inputs = given.get("input_ids"), given.get("inputs_embeds")
+        with getattr(self, SOURCE).rows(names, *inputs):
             return self.base_model(**{name: v for name, v in given.items() if v is not None})
 
     def generate(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        with getattr(self, SOURCE).rows(adapter_names):
+        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        with getattr(self, SOURCE).rows(adapter_names, *args[:1], *named):
             return base.generate(self, *args, **kwargs)
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

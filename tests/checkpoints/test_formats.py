@@ -506,3 +506,25 @@ def test_what_is_unknown_is_said(tmp_path: Path) -> None:
         save(plain(), tmp_path, "gguf")
     with pytest.raises(ValueError, match="can be read, but not written"):
         save(plain(), tmp_path, "adaption-prompt")
+
+
+def test_a_cartridge_that_nothing_would_recognise(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must end in \.pt or \.torch, got cartridge$"):
+        save(plain(), tmp_path / "cartridge", "cartridge")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ptuning_v2_for_a_model_of_fewer_key_heads(tmp_path: Path) -> None:
+    grouped = llama(2)
+    with pytest.raises(ValueError, match="4 heads and 32 numbers for Llama.*has 2 heads and 16"):
+        save(Prefix.zeros(grouped, P), tmp_path / "grouped", "ptuning-v2", grouped)
+    assert not list(tmp_path.iterdir())
+    every = llama(4)
+    save(Prefix.zeros(every, P), tmp_path / "every", "ptuning-v2", every)
+    assert recognise(tmp_path / "every") == "ptuning-v2"
+
+
+def test_another_formats_folder_says_who_reads_it(tmp_path: Path) -> None:
+    save(plain(), tmp_path, "peft")
+    with pytest.raises(FileNotFoundError, match=r"prefixattn\.checkpoints\.load reads other"):
+        Prefix.from_pretrained(tmp_path)

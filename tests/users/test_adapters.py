@@ -108,3 +108,21 @@ def test_the_last_adapter_is_deleted(tuned: Any, ids: Tensor) -> None:
     prefixattn.attach(model)
     model.delete_adapter("default")
     assert close(says(model.base_model, ids), expected)  # get_base_model asks for an adapter
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"a list of a name for each row, got \[\]"),
+        ("default", "a list of a name for each row, got 'default'"),
+        (["default"] * 2, "chosen for 2 rows, but the input has 4"),
+    ],
+    ids=["none", "a string", "too few"],
+)
+def test_not_a_name_for_each_row(tuned: Any, ids: Tensor, names: Any, message: str) -> None:
+    model, four = tuned(), torch.cat([ids, ids])
+    prefixattn.attach(model)
+    with pytest.raises(ValueError, match=f"adapter_names must .*{message}"):
+        model(input_ids=four, adapter_names=names)
+    with pytest.raises(ValueError, match=f"adapter_names must .*{message}"):
+        model.generate(four, adapter_names=names, max_new_tokens=2)

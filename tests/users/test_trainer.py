@@ -1,6 +1,7 @@
 """Trainer scripts: interrupted and resumed, packed, accumulated, in half precision, seq2seq."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ import torch
 import transformers
 
 import prefixattn
-from prefixattn import EncoderDecoderPrefix, Prefix
+from prefixattn import EncoderDecoderPrefix, GatedPrefix, Prefix
 
 Build = Callable[[str], Any]
+BESIDE: dict[str, Callable[..., Prefix]] = {
+    "lora": Prefix.from_text,
+    "lora, frozen tokens": partial(Prefix.from_text, num_frozen_tokens=2),
+    "lora, gates": GatedPrefix.from_text,
+    "lora, some layers": partial(Prefix.from_text, layers=[1]),
+}
+"""PEFT's format holds the first two."""
 
 
 @pytest.fixture
@@ -27,9 +35,9 @@ def build(make_model: Any, text: torch.Tensor) -> Build:
             model = peft.get_peft_model(model, config)
             prefixattn.attach(model)
             return model
-        prefix = Prefix.from_text(model, text)
+        prefix = BESIDE.get(kind, Prefix.from_text)(model, text)
         model.requires_grad_(False)
-        if kind == "lora":
+        if kind in BESIDE:
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
         prefixattn.attach(model, prefix)
         return model
@@ -44,6 +52,7 @@ def trainer(rows: Any, tokenizer: Any) -> Callable[..., transformers.Trainer]:
         folder: Path,
         collator: Any = None,
         callbacks: Any = None,
+        metrics: Any = None,
         **changes: Any,
     ) -> transformers.Trainer:
         options = {
@@ -64,6 +73,7 @@ def trainer(rows: Any, tokenizer: Any) -> Callable[..., transformers.Trainer]:
             data_collator=collator
             or transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
             callbacks=callbacks,
+            compute_metrics=metrics,
         )
 
     return make
@@ -87,10 +97,25 @@ class Interrupt(transformers.TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Keep(transformers.TrainerCallback):
+    """What trains, as it is at every checkpoint."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at[state.global_step] = what_trains(kwargs["model"])
+
+
+def what_trains(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
 KINDS = ["prefix", "peft", "lora"]
+SAVED = ["prefix", "peft", *BESIDE]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAVED)
 def test_interrupted_and_resumed(build: Build, trainer: Any, kind: str, tmp_path: Path) -> None:
     saving = {
         "max_steps": 6,
@@ -109,24 +134,54 @@ def test_interrupted_and_resumed(build: Build, trainer: Any, kind: str, tmp_path
     assert losses(whole)[0] != pytest.approx(losses(whole)[-1], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["prefix", "peft", "lora"])
+@pytest.mark.parametrize("kind", SAVED)
 def test_the_best_of_all_is_loaded(build: Build, trainer: Any, kind: str, tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    """It is the one before the last, so that what is loaded is another than what is there."""
+    keep, scores = Keep(), iter([1.0, 3.0, 2.0])
     trained = trainer(
         build(kind),
         tmp_path,
+        callbacks=[keep],
+        metrics=lambda _: {"score": next(scores)},
         max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
         eval_strategy="steps",
         eval_steps=2,
-        learning_rate=3.0,  # the last is not the best
-        lr_scheduler_type="constant",
-        **saving,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
     )
-    before = trained.evaluate()["eval_loss"]
     trained.train()
-    seen = losses(trained, "eval_loss")[1:]
-    assert trained.evaluate()["eval_loss"] == pytest.approx(min(seen), rel=1e-6)
-    assert abs(seen[-1] - before) > 0.01
+    assert list(keep.at) == [2, 4, 6]
+    found = what_trains(trained.model)
+    assert found.keys() >= keep.at[4].keys()
+    for name, tensor in keep.at[4].items():
+        assert torch.equal(found[name], tensor), name
+        assert not torch.equal(tensor, keep.at[6][name]), name
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_resumed_beside_several_adapters(
+    build: Build, trainer: Any, name: str, tmp_path: Path
+) -> None:
+    """Those that are not called default have folders of their own, and the prefix one beside."""
+
+    def two() -> Any:
+        model = build("lora, gates")
+        model.add_adapter("mine", peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+        model.set_adapter(name)
+        return model
+
+    keep, saving = Keep(), {"save_strategy": "steps", "save_steps": 2}
+    trainer(two(), tmp_path, callbacks=[keep], max_steps=2, **saving).train()
+    again = two()
+    trainer(again, tmp_path, max_steps=2, **saving).train(resume_from_checkpoint=True)
+    found, saved = what_trains(again), keep.at[2]
+    ours = [parameter for parameter in saved if ".prefixattn." in parameter]
+    assert ours
+    for parameter in ours:
+        assert torch.equal(found[parameter], saved[parameter]), parameter
 
 
 @pytest.mark.parametrize("kind", KINDS)
