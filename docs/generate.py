@@ -20,6 +20,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks/results"
 CPU, METHODS = "cpu-zen4-2cores.jsonl", "methods-zen4-2cores.jsonl"
+SERVING = "serving-zen4-2cores.json"
 PART = re.compile(r"(<!-- made: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -94,6 +95,18 @@ def methods() -> str:
     return f"{_origin(RESULTS / METHODS)}\n\n{table(records.read(RESULTS / METHODS))}"
 
 
+def serving() -> str:
+    """What a server with adapters does under load."""
+    from benchmarks.serving import markdown
+
+    path = RESULTS / SERVING
+    found = json.loads(path.read_text())
+    head = (
+        f"{found['processor']}, {found['threads']} threads, vLLM {found['vllm']}, {found['date']}"
+    )
+    return f"{_origin(path)}\n\n{head}\n\n{markdown(found['rows'])}"
+
+
 def scaling() -> str:
     """What many GPUs would cost, on paper."""
     from benchmarks.scaling import markdown
@@ -113,6 +126,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "targets": targets,
     "methods": methods,
     "scaling": scaling,
+    "serving": serving,
 }
 
 
