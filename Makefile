@@ -26,8 +26,9 @@ TRITON_TESTS := $(TRITONS:%=test-triton-%)
 TRANSFORMERS_TESTS := $(TRANSFORMERS:%=test-transformers-%)
 OVER := $(TRITONS:%=triton-%) $(TRANSFORMERS:%=transformers-%)
 # What some users train with, and what they load bases of few bits by; with what these need.
-MORE := trl datasets torchao bitsandbytes optimum-quanto optimum aiohappyeyeballs aiohttp aiosignal attrs \
-    dill frozenlist httpcore httpx multidict multiprocess pandas propcache pyarrow pytz xxhash yarl
+MORE := trl datasets deepspeed torchao bitsandbytes optimum-quanto optimum aiohappyeyeballs aiohttp \
+    aiosignal attrs dill einops frozenlist hjson httpcore httpx msgpack multidict multiprocess pandas \
+    propcache py-cpuinfo pyarrow pytz setuptools xxhash yarl
 .PHONY: $(TRITON_TESTS) $(TRANSFORMERS_TESTS)
 # The interpreter of Triton 3.6 fails with numpy 2.4.
 WITH_triton-3.6.0 := numpy==2.3.5
@@ -46,7 +47,7 @@ help:
 	@echo "make test                the tests (ARGS='-k name' passes arguments to pytest)"
 	@echo "make test-triton-matrix  the Triton tests on each end of the supported range: $(TRITONS)"
 	@echo "make test-transformers-matrix  the drop-in's tests on each end of the range: $(TRANSFORMERS)"
-	@echo "make test-more           TRL, and bases of few bits by three libraries, in an environment of its own"
+	@echo "make test-more           TRL, DeepSpeed, and bases of few bits by three libraries, in an environment of their own"
 	@echo "make test-vllm           the tests against a real vLLM, in an environment of its own (minutes)"
 	@echo "make test-gpu            the tests that need a GPU, with that machine's own python3"
 	@echo "make families            every transformers family in every situation: docs/families.md (minutes)"
@@ -87,7 +88,8 @@ $(TRANSFORMERS_TESTS): test-transformers-%: $(VENV)/transformers-%/.installed
 	    tests/integrations tests/users tests/checkpoints $(ARGS)
 
 test-more: $(VENV)/more/.installed
-	@OMP_NUM_THREADS=1 $(<D)/bin/python -P -m pytest tests/users/test_bases.py tests/users/test_trl.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(<D)/bin/python -P -m pytest tests/users/test_bases.py \
+	    tests/users/test_trl.py tests/distributed/test_deepspeed.py $(ARGS)
 
 # VLLM=0.28.0 chooses another version of the engine.
 test-vllm: $(VLLM_STAMP)

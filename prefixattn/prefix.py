@@ -153,6 +153,8 @@ class Prefix(PrefixSource):
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         """Per layer that has a prefix ``(key [H_kv, P, D], value [H_kv, P, D_v])``, no dropout."""
         trained = list(zip(self.keys, self.values, strict=True))
+        if hasattr(self.keys[0], "ds_status"):
+            trained = [(_whole(key, self), _whole(value, self)) for key, value in trained]
         if not self.num_frozen_tokens:
             return trained
         frozen = [
@@ -384,3 +386,17 @@ Prefix._kinds["prefix"] = Prefix
 def frozen_names(i: int) -> tuple[str, str]:
     """The buffers of the frozen tokens of the key and value at place ``i`` of ``layers``."""
     return f"frozen_key_{i}", f"frozen_value_{i}"
+
+
+def _whole(parameter: Any, module: nn.Module) -> Tensor:
+    """A view of what DeepSpeed's ZeRO-3 holds in parts, made while the forward of ``module`` runs.
+
+    ZeRO-3 gathers what is registered for a module before its later forwards and backwards, and
+    takes it apart behind them; the view stays.
+    """
+    if parameter.ds_status.name == "NOT_AVAILABLE":
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(module, parameter)
+        parameter.all_gather()
+    return parameter.view_as(parameter)

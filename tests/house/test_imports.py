@@ -52,7 +52,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "kept": ("torch", ""),
     "stored": ("torch safetensors files layers", ""),
     "initialise": ("torch layers", "integrations.*"),
-    "prefix": ("torch files initialise kept layers stored", ""),
+    "prefix": ("torch files initialise kept layers stored", "deepspeed"),
     "projected": ("torch files initialise layers prefix stored", ""),
     "gated": ("torch files initialise layers prefix stored", ""),
     "external": ("torch initialise layers", ""),
