@@ -221,7 +221,7 @@ class _Ring(torch.autograd.Function):
                 arriving = ring.pass_on([dk, dv], step)
         if arriving is not None:
             dk, dv = arriving.wait()  # home again
-        return _results(ctx, (dq, dk, dv, dpk, dpv))
+        return _results(ctx, (dq, dk, dv, dpk, dpv), (q, k, v, pk, pv))
 
 
 class _AllGather(torch.autograd.Function):
@@ -257,7 +257,7 @@ class _AllGather(torch.autograd.Function):
         for of in (1, 2):
             dist.all_reduce(sums[of], group=ring.group)
             sums[of] = torch.cat([sums[of][:, :, chunk] for chunk in mine], 2)
-        return _results(ctx, tuple(sums))
+        return _results(ctx, tuple(sums), (q, k, v, pk, pv))
 
 
 def _whole(ring: Ring, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,13 +289,12 @@ def _keep(
     return out, merged.lse
 
 
-def _results(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _results(ctx: Any, grads: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """In the tensors' dtypes; the prefix's of all ranks' queries."""
     needed = ctx.needs_input_grad[2:]
     if needed[3] or needed[4]:
         for grad in grads[3:]:
             dist.all_reduce(grad, group=ctx.ring.group)
-    tensors = ctx.saved_tensors
     found = (
         grad.to(x.dtype) if wanted else None
         for grad, x, wanted in zip(grads, tensors, needed, strict=False)

@@ -102,10 +102,22 @@ def _ways(fields: dict[str, Any]) -> list[tuple[Placements, Placements, Any]]:
     """Every way to spread a call: its arguments' placements, their gradients', the outputs'."""
     given = [name for name in TENSOR_FIELDS if fields[name] is not None]
     ways: list[tuple[Placements, Placements, Any]] = [(*_replicated(given), Replicate())]
-    ways.append((*_by_heads(fields, given), Shard(HEADS)))
+    if _heads_divide(fields):
+        ways.append((*_by_heads(fields, given), Shard(HEADS)))
     if (by_rows := _by_rows(fields, given)) is not None:
         ways.append((*by_rows, Shard(ROWS)))
     return ways
+
+
+def _heads_divide(fields: dict[str, Any]) -> bool:
+    """Whether queries stay beside their keys where heads are spread over a dimension of the mesh.
+
+    Chunks of unequal sizes would cut groups of query heads apart.
+    """
+    sizes, total = fields["query"].mesh.shape, fields["query"].mesh.size()
+    heads, key_heads = fields["query"].shape[HEADS], fields["key"].shape[HEADS]
+    even = all(key_heads % size == 0 for size in sizes)
+    return heads == key_heads or (even and (key_heads % total == 0 or key_heads < total))
 
 
 def _arguments(places: Placements) -> list[Any]:

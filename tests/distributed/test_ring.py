@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from launch import launch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from prefixattn import prefix_attention
 from prefixattn.distributed import ring_prefix_attention, shard_sequence, unshard_sequence
@@ -75,6 +76,30 @@ def test_spread_over_ranks_it_is_what_one_process_computes(world: int) -> None:
     for found in launch(every_error, world):
         assert isinstance(found, dict), found
         assert {name: error for name, error in found.items() if not error < 1e-12} == {}
+
+
+def checkpointed() -> dict[str, float]:
+    """Gradients that a recomputation gives, against those without."""
+    tensors, options = inputs_of(33, 4, {"is_causal": True})
+    parts = [shard_sequence(x.detach(), 2) for x in tensors[:3]] + [x.detach() for x in tensors[3:]]
+    found = {}
+    for method in METHODS:
+
+        def work(*given: Tensor, method: str = method) -> Tensor:
+            return ring_prefix_attention(*given, **options, method=method)
+
+        grads = []
+        for run in (work, lambda *x, work=work: checkpoint(work, *x, use_reentrant=False)):
+            own = [x.clone().requires_grad_() for x in parts]
+            run(*own).sum().backward()
+            grads.append([x.grad for x in own])
+        found[method] = max(float((a - b).abs().max()) for a, b in zip(*grads, strict=True))
+    return found
+
+
+def test_a_checkpoint_recomputes_it() -> None:
+    for found in launch(checkpointed, 2):
+        assert found == dict.fromkeys(METHODS, 0.0)
 
 
 def in_half_precision() -> tuple[float, float]:

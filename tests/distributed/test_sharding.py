@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import launch
 from torch import Tensor
 from torch.distributed.tensor import (
@@ -135,6 +136,34 @@ def over_two_dimensions() -> dict[str, float]:
 @pytest.mark.parametrize(("work", "world"), [(over_one_dimension, 2), (over_two_dimensions, 4)])
 def test_spread_over_a_mesh_it_is_what_one_process_computes(work: Any, world: int) -> None:
     for found in launch(work, world):
+        assert isinstance(found, dict), found
+        assert {name: error for name, error in found.items() if not error < 1e-12} == {}
+
+
+UNEVEN = {"10 over 5": (10, 5), "6 over 3": (6, 3), "6 over 2": (6, 2), "3 over 3": (3, 3)}
+
+
+def heads_that_do_not_divide() -> dict[str, float]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for name, (heads, key_heads) in UNEVEN.items():
+        generator = torch.Generator().manual_seed(7)
+        shapes = {"query": (2, heads, 6, 8), "key": (2, key_heads, 6, 8)}
+        shapes |= {"value": shapes["key"], "prefix_key": (1, key_heads, 3, 8)}
+        shapes |= {"prefix_value": shapes["prefix_key"]}
+        whole = {n: torch.randn(s, generator=generator).double() for n, s in shapes.items()}
+        spread = {n: distribute_tensor(x, mesh, [Shard(1)]) for n, x in whole.items()}
+        for implementation in ("reference", "sdpa", "auto"):
+            out = prefix_attention(**spread, is_causal=True, implementation=implementation)
+            expected = prefix_attention(**whole, is_causal=True, implementation="reference")
+            error = float((out.full_tensor() - expected).abs().max())
+            found[f"{name}, {implementation}"] = error
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_groups_of_heads_are_not_cut_apart(world: int) -> None:
+    for found in launch(heads_that_do_not_divide, world):
         assert isinstance(found, dict), found
         assert {name: error for name, error in found.items() if not error < 1e-12} == {}
 
