@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixattn.integrations.carrier import KEYWORD, Carrier, Entry, Options, Slot, Span
+from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Caller, Places, argument_names, by_key
@@ -70,6 +70,7 @@ class Boarding:
         self.configs = configs
         self.places = Places(stack, all(s.causal for s in self.slots if not s.crosses))
         self.entries = [Entries() for _ in groups]
+        self.longest = [_tokens_at_hand(group.source) for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.trains = any(group.source.trains for group in groups)  # when it was last seen
@@ -102,7 +103,7 @@ class Boarding:
         )
         if unpadded:
             kwargs["attention_mask"] = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
-        self._keep_documents_apart(kwargs)
+        packed = self._keep_documents_apart(kwargs)
         text = places[0] if places.ndim == 3 else places
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else forward(_continues(cached, inputs)):
@@ -110,7 +111,16 @@ class Boarding:
             entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
         mask = by_key(kwargs.get("attention_mask"))
         mask = caller.mask if mask is None and caller is not None else mask
-        carrier = Carrier(entries, spans, self.slots, text, self.options, mask, unpadded=unpadded)
+        carrier = Carrier(
+            entries,
+            spans,
+            self.slots,
+            text,
+            self.options,
+            mask,
+            unpadded=unpadded,
+            packed=packed,
+        )
         self.current.set(carrier)
         if self.takes_keywords:
             kwargs[KEYWORD] = carrier
@@ -186,11 +196,14 @@ class Boarding:
             dtype = stack.dtype
         self.places.forget()
         found: list[Entry | None] = []
-        for group, batch, entries in zip(self.groups, batches, self.entries, strict=True):
+        for place, (group, batch) in enumerate(zip(self.groups, batches, strict=True)):
             if batch is None:
                 found += [None] * len(group.slots)
                 continue
-            rows = Rows.of(batch, inputs)
+            rows, entries = Rows.of(batch, inputs), self.entries[place]
+            if not torch.compiler.is_compiling() and rows.most > self.longest[place]:
+                self.longest[place] = rows.most
+                self._warn_of_dead_tokens(stack, len(found), group, rows.most)
             own = entries.of(batch, dtype, rows)
             if group.crosses:
                 found += own
@@ -217,6 +230,20 @@ class Boarding:
             found.append(entry)
         return found
 
+    def _warn_of_dead_tokens(
+        self, stack: PreTrainedModel, first: int, group: Group, num_tokens: int
+    ) -> None:
+        """For a prefix longer than all before it: what `attach` says of those that it finds."""
+        from prefixattn.integrations.handle import warn_of_dead_tokens  # which imports this module
+
+        names: dict[int, str] = {}
+        for name, module in stack.named_modules():
+            names.setdefault(getattr(module, SLOT, -1), name)
+        sites: list[Any] = [
+            slot._replace(name=names[first + i]) for i, slot in enumerate(group.slots)
+        ]
+        warn_of_dead_tokens(num_tokens, sites, self.options, stacklevel=3)
+
     def _warn_of_freezing(self, stack: PreTrainedModel, tensors: Sequence[Tensor]) -> None:
         """Say once that a prefix which trained does so no longer, while something else does."""
         if not stack.training:
@@ -239,21 +266,27 @@ class Boarding:
             for module in self.checkpoints
         )
 
-    def _keep_documents_apart(self, kwargs: dict[str, Any]) -> None:
-        """Packed documents are told by their positions, which transformers reads with no cache."""
+    def _keep_documents_apart(self, kwargs: dict[str, Any]) -> bool:
+        """Whether rows are packed: told by their positions, which transformers reads with no cache.
+
+        A compiler must not look at them, and takes all that could be packed for packed.
+        """
         given = kwargs.get("position_ids")
         if given is None or given.ndim != 2:
-            return
+            return False
         if kwargs.get("attention_mask") is not None or _cache_in(kwargs) is not None:
-            return
+            return False
         caches = "use_cache" in self.places.names
-        if torch.compiler.is_compiling():  # which must not look at the positions
+        if torch.compiler.is_compiling():
             if caches and kwargs.get("use_cache") is None:
                 kwargs["use_cache"] = False
-        elif caches and bool((given.diff(dim=-1) != 1).any()):
+            return True
+        packed = bool((given.diff(dim=-1) != 1).any())
+        if packed and caches:
             if kwargs.get("use_cache"):
                 raise ValueError("position_ids that start again (packed rows) need use_cache=False")
             kwargs["use_cache"] = False
+        return packed
 
 
 def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
@@ -262,6 +295,15 @@ def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
             f"{type(stack).__name__} is asked for attention weights (`output_attentions`), which "
             "are never computed: detach() first"
         )
+
+
+def _tokens_at_hand(source: Any) -> int:
+    """Tokens of the longest prefix that a source has: a module by name, or PEFT's active one."""
+    source = getattr(source, "source", source)  # of all heads, where a rank has its own
+    name = getattr(source, "name", None)
+    if name is None:
+        return int(source.model.active_peft_config.num_virtual_tokens)
+    return int(source.model.get_submodule(name).num_tokens)
 
 
 def _cache_in(kwargs: dict[str, Any]) -> Any:

@@ -37,6 +37,7 @@ class Slot(NamedTuple):
     ``causal``: a query sees nothing that stands behind it. ``chunk`` is the size of the pieces of
     text that do not see each other, where a layer has such.
     ``crosses``: its keys are another stack's output; it has neither places nor a cache that grows.
+    ``name`` is the module's, where it is asked for.
     """
 
     cache_layer: int
@@ -44,6 +45,7 @@ class Slot(NamedTuple):
     window: int | None = None
     chunk: int | None = None
     crosses: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Carrier:
         mask: Tensor | None,
         *,
         unpadded: bool,
+        packed: bool,
     ) -> None:
         self.entries = entries  # per slot; None: no prefix now
         self.spans = spans  # per slot
@@ -106,5 +109,6 @@ class Carrier:
         self.options = options
         self.mask = mask  # [B, N] of all the text, as the caller gave it
         self.unpadded = unpadded  # a mask [B, N] hides nothing
+        self.packed = packed  # rows hold documents, whose positions begin again
         self.attend = Repeated()
         self.kept: dict[object, tuple[Tensor, object]] = {}  # what layers that see alike share

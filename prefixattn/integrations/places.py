@@ -32,6 +32,13 @@ class Moved(NamedTuple):
     shift: int | Tensor
 
 
+class Counted(NamedTuple):
+    """A static cache's counter, and what it stands at now, or more."""
+
+    counter: Tensor
+    tokens: int
+
+
 def by_key(mask: Any) -> Tensor | None:
     """The mask ``[B, N]``, or the widest of those by kind of layer, which static caches have."""
     widest: Tensor | None = None
@@ -83,6 +90,7 @@ class Places:
             self.takes_ids or bool(self.tables or self.biases) or is_free_of_positions(stack)
         ) and not self.restarts
         self.moved: PerThread[Moved] = PerThread()  # by this forward, for the tables' hooks
+        self.counted: PerThread[Counted] = PerThread()
 
     def find(
         self,
@@ -214,15 +222,13 @@ class Places:
             ValueError: moved text would run off a learned table, or over the length at which the
                 model turns its keys by other frequencies: the prefix's keys are of those before.
         """
-        limits = [x for x in (self.table, self.border, self.longest) if x is not None]
+        known = (self.table, self.border, self.longest) if before else (self.border,)
+        limits = [x for x in known if x is not None]
         if not limits or torch.compiler.is_compiling():
             return
-        if isinstance(cached, Tensor):  # of a static cache
-            if cached.device.type != "cpu":  # to read it would wait for the device, at each token
-                return
-            cached = int(cached)
         first = 0 if self.numbering is None else self.numbering.first
-        if first + before + cached + length <= min(limits):
+        room = min(limits) - first - before - length
+        if (self._count(cached, length, room) if isinstance(cached, Tensor) else cached) <= room:
             return
         last = int(places.max()) + before
         if before and self.table is not None and last >= self.table:
@@ -242,6 +248,20 @@ class Places:
                 stacklevel=2,
             )
             self.longest = None  # said once
+
+    def _count(self, counter: Tensor, length: int, room: int) -> int:
+        """What a static cache's counter stands at, or more where that is still within ``room``.
+
+        To read it is to wait for the device: this is done where a text begins and where the room
+        may be used up. In between, tokens are counted here.
+        """
+        known = self.counted.get()
+        if known is None or known.counter is not counter or length > 1 or known.tokens > room:
+            tokens = int(counter)
+        else:
+            tokens = known.tokens
+        self.counted.set(Counted(counter, tokens + length))
+        return tokens
 
 
 def _rotary_border(stack: PreTrainedModel) -> int | None:

@@ -62,7 +62,7 @@ def by_place(
             f"attention_mask must cover the {key.shape[2]} keys, got {tuple(mask.shape)}"
         )
     if seat is not None and seat.slot.chunk is not None:
-        return _in_chunks(query, key, mask, seat)
+        return _in_chunks(query, key.shape[2], mask, seat)
     if mask is not None:
         visible = mask[:, None, None, :]
         arguments["attn_mask"] = (
@@ -76,18 +76,18 @@ def by_place(
 def by_mask(query: Tensor, mask: Tensor, seat: Seat | None, causal: bool) -> dict[str, Any]:
     """Arguments where a mask ``[B, 1, M, N]`` rules the sequence half."""
     arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": False}
-    if seat is None or seat.entry is None:
+    if seat is None:
         return arguments
-    if seat.slot.chunk is not None and (
-        seat.counts_as_text or seat.carrier.options.positions == "shift"
-    ):
+    if seat.slot.chunk is not None and seat.carrier.packed:
+        # The mask cuts chunks where the moved text does, and here they may begin elsewhere.
+        return _in_chunks(query, mask.shape[-1], None, seat)
+    if seat.entry is None or not seat.counts_as_text:
+        return arguments
+    if seat.slot.chunk is not None:
         raise NotImplementedError(
-            "layers that attend in chunks cannot follow a mask of their own (packed rows, a 4D "
-            "mask) behind a prefix that moves where chunks begin; "
-            'prefix_in_window="visible" with positions="keep" can'
+            "layers that attend in chunks cannot follow a caller's 4D mask behind a prefix that "
+            'counts as text; prefix_in_window="visible" can'
         )
-    if not seat.counts_as_text:
-        return arguments
     window, entry = seat.slot.window, seat.entry
     if window is not None:
 
@@ -129,21 +129,30 @@ def _start(seat: Seat, mask: Tensor, key: Tensor) -> Tensor:
     return (first - dropped).clamp(min=0).expand(key.shape[0])
 
 
-def _in_chunks(query: Tensor, key: Tensor, mask: Tensor | None, seat: Seat) -> dict[str, Any]:
-    """Arguments where the text is cut into chunks, from its first token or from the prefix's."""
+def _in_chunks(query: Tensor, num_keys: int, mask: Tensor | None, seat: Seat) -> dict[str, Any]:
+    """Arguments where the text is cut into chunks, from its first token or from the prefix's.
+
+    So is each document of packed rows, beside a mask of None.
+    """
     chunk, entry, carrier = seat.slot.chunk, seat.entry, seat.carrier
     assert chunk is not None
-    length, num_keys = query.shape[2], key.shape[2]
+    length = query.shape[2]
     token = None if entry is None or not seat.counts_as_text else places_of(entry, query.device)
     before = 0 if token is None else -token[..., :1]  # text tokens count from the prefix's first
 
     def seen() -> Tensor:
         text = carrier.positions.to(query.device)[:, None, :, None]  # [B or 1, 1, M, 1]
-        offset = seat.span.query_offset
-        last = (num_keys - length if offset is None else offset) + length - 1
-        place = torch.arange(num_keys, device=query.device) - last + text[:, :, -1:]
+        shown = None if mask is None else mask[:, None, None, :]
+        if carrier.packed:
+            place = text.mT
+            document = (text.diff(dim=2, prepend=text[:, :, :1]) != 1).cumsum(2)
+            shown = document == document.mT
+        else:
+            offset = seat.span.query_offset
+            last = (num_keys - length if offset is None else offset) + length - 1
+            place = torch.arange(num_keys, device=query.device) - last + text[:, :, -1:]
         found = (place <= text) & (((place + before) // chunk) == ((text + before) // chunk))
-        return found if mask is None else found & mask[:, None, None, :]
+        return found if shown is None else found & shown
 
     arguments: dict[str, Any] = {
         "attn_mask": seat.once("chunk", mask, seen),

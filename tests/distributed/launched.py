@@ -29,6 +29,10 @@ def make_rows():
     return torch.randint(2, 90, (ROWS * STEPS, 9), generator=torch.Generator().manual_seed(3))
 
 
+def write(folder, losses, processes):
+    (folder / "losses.json").write_text(json.dumps({"losses": losses, "processes": processes}))
+
+
 def by_accelerate(folder):
     accelerator = Accelerator(cpu=True)
     model, prefix = make_model()
@@ -45,7 +49,7 @@ def by_accelerate(folder):
         losses.append(accelerator.gather(loss.detach()[None]).mean().item())
     if accelerator.is_main_process:
         prefix.save_pretrained(folder / "prefix")
-        (folder / "losses.json").write_text(json.dumps(losses))
+        write(folder, losses, accelerator.num_processes)
 
 
 def by_trainer(folder):
@@ -72,7 +76,7 @@ def by_trainer(folder):
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         prefix.save_pretrained(folder / "prefix")
-        (folder / "losses.json").write_text(json.dumps([float(loss) for loss in losses]))
+        write(folder, [float(loss) for loss in losses], arguments.world_size)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,28 @@ import pytest
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("launched.py")
+# `accelerate launch --cpu` and a type of MULTI_CPU start one process, unless there is MPI; the type
+# that starts several leaves it to the script's Accelerator(cpu=True) what they are.
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+use_cpu: true
+mixed_precision: 'no'
+"""
 LAUNCHERS = {
-    "accelerate": "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no --main_process_port 0",
+    "accelerate": "accelerate.commands.launch --config_file config.yaml",
     "trainer": "torch.distributed.run --standalone --nproc_per_node 2",
 }
 
 
 def run(folder, way, *launcher):
     folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
     done = subprocess.run(
         [sys.executable, *launcher, SCRIPT, way, folder],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -29,13 +40,15 @@ def run(folder, way, *launcher):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     tensors = load_file(next((folder / "prefix").glob("*.safetensors")))
-    return json.loads((folder / "losses.json").read_text()), tensors
+    found = json.loads((folder / "losses.json").read_text())
+    return found["processes"], found["losses"], tensors
 
 
 @pytest.mark.parametrize("way", LAUNCHERS)
 def test_two_processes_train_as_one_does(tmp_path, way):
-    alone, expected = run(tmp_path / "one", way)
-    together, found = run(tmp_path / "two", way, "-m", *LAUNCHERS[way].split())
+    one, alone, expected = run(tmp_path / "one", way)
+    two, together, found = run(tmp_path / "two", way, "-m", *LAUNCHERS[way].split())
+    assert (one, two) == (1, 2)
     assert len(alone) == 3
     assert together == pytest.approx(alone, abs=2e-3 if way == "trainer" else 1e-5)  # it rounds
     assert all((found[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())

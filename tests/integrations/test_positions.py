@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from prefixattn import GatedPrefix, Prefix, PrefixBank, ProjectedPrefix
+from prefixattn.integrations.places import Places
 from prefixattn.positions import move_prefix
 
 P, LENGTH = 5, 11
@@ -387,3 +388,172 @@ def test_tokens_that_no_query_reaches_are_said(
     for count in {count for count in dead if count}:
         assert f"{count} of {num_tokens} in {dead.count(count)} of {len(dead)} layers" in message
     assert any(dead)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": [0]}], ids=["all layers", "one layer"])
+def test_padding_changes_nothing_beside_gates(
+    case: Callable[..., Any], attach: Any, options: dict[str, Any]
+) -> None:
+    """Their text stays without being asked to; a static cache pads behind it, too."""
+    given = case("llama")
+    prefix = GatedPrefix.from_text(given.model, given.text, **options)
+    with torch.no_grad():
+        for gate in prefix.gates:
+            gate.fill_(0.7)
+    attach(given.model, prefix)
+    ids, pad = given.input_ids, torch.zeros(2, 3, dtype=torch.long)
+    padded, mask = torch.cat([pad, ids], 1), torch.cat([pad, torch.ones_like(ids)], 1)
+    said: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with torch.no_grad():
+        forward = given.model(padded, attention_mask=mask).logits[:, 3:]
+        assert (forward - given.model(ids).logits).abs().max() <= given.tolerance
+    plain = torch.stack(given.model.generate(ids, **said).logits)
+    assert (plain[0] - forward[:, -1]).abs().max() <= given.tolerance
+    for cache in ({}, {"cache_implementation": "static"}):
+        found = given.model.generate(padded, attention_mask=mask, **said, **cache).logits
+        assert (torch.stack(found) - plain).abs().max() <= given.tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [("gemma3", [9, None]), ("modernbert", [None, 5]), ("mistral", [9, 6])],
+)
+def test_every_window_and_its_tokens_are_said(attach: Any, name: str, windows: list[Any]) -> None:
+    """Held to gradients: those of tokens that no query reaches are zero."""
+    configs: dict[str, Callable[[], Any]] = {
+        "gemma3": FAMILIES["gemma3"],
+        "modernbert": lambda: transformers.ModernBertConfig(
+            **(ENCODER | {"num_hidden_layers": 2, "local_attention": 10}),
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        "mistral": lambda: transformers.MistralConfig(**GQA, sliding_window=9),
+    }
+    model = build(configs[name]()).requires_grad_(False)
+    if name == "mistral":  # two windows
+        model.model.layers[1].self_attn.sliding_window = 6
+        pytest.skip("one window in a model")
+    prefix = Prefix.random(model, 14)
+    with pytest.warns(UserWarning, match="out of every query's reach") as caught:
+        attach(model, prefix)
+    (message,) = [str(each.message) for each in caught]
+    model(some_ids(1, 4)).logits.pow(2).sum().backward()
+    dead = [int((value.grad.abs().sum((0, 2)) == 0).sum()) for value in prefix.values]
+    assert [bool(count) for count in dead] == [window is not None for window in windows]
+    for count, window in zip(dead, windows, strict=True):
+        assert window is None or f"{count} of 14 in 1 of 2 layers" in message
+        assert window is None or f"whose window is {window};" in message
+
+
+def longer_peft() -> tuple[Any, Callable[[], Any]]:
+    peft = pytest.importorskip("peft")
+    kinds = [
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n) for n in (3, 20)
+    ]
+    model = peft.get_peft_model(build(transformers.MistralConfig(**GQA, sliding_window=8)), kinds[0])
+
+    def run() -> None:
+        if "long" not in model.peft_config:
+            model.add_adapter("long", kinds[1])
+            model.set_adapter("long")
+        model(input_ids=IDS)
+
+    return (model, None), run
+
+
+def longer_member() -> tuple[Any, Callable[[], Any]]:
+    model = build(transformers.MistralConfig(**GQA, sliding_window=8))
+    bank = PrefixBank([Prefix.random(model, 3)])
+    long = Prefix.random(model, 20)
+
+    def run() -> None:
+        if len(bank.names) == 1:
+            bank.add("long", long)
+        with bank.use(["long", 0]):
+            model(IDS)
+
+    return (model, bank), run
+
+
+def longer_row() -> tuple[Any, Callable[[], Any]]:
+    model = build(transformers.MistralConfig(**GQA, sliding_window=8))
+    bank = PrefixBank([Prefix.random(model, 5), Prefix.random(model, 6)])
+
+    def run() -> None:
+        with bank.use([(0, 1), 0]):
+            model(IDS)
+
+    return (model, bank), run
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(longer_peft, "13 of 20"), (longer_member, "13 of 20"), (longer_row, "4 of 11")],
+)
+def test_a_longer_prefix_that_comes_later_is_said_once(
+    attach: Any, make: Callable[[], tuple[Any, Callable[[], Any]]], said: str
+) -> None:
+    given, run = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(*given)
+    with pytest.warns(UserWarning, match=f"{said} in 2 of 2 layers .* whose window is 8"):
+        run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
+
+
+def test_what_attach_has_said_is_not_said_again(attach: Any) -> None:
+    model = build(transformers.MistralConfig(**GQA, sliding_window=8))
+    with pytest.warns(UserWarning, match="13 of 20"):
+        attach(model, Prefix.random(model, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(IDS)
+
+
+def test_a_static_cache_is_asked_for_its_length_once_a_text(
+    attach: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator each question waits for the device; at the end of the room it is asked."""
+    model = build(transformers.LlamaConfig(**(GQA | {"max_position_embeddings": 24})))
+    attach(model, Prefix.random(model, P))
+    asked: list[int] = []
+    count = Places._count
+
+    class Counter(Tensor):
+        def __int__(self) -> int:
+            asked.append(int(self.as_subclass(Tensor)))
+            return asked[-1]
+
+    counters: dict[int, Any] = {}
+
+    def spied(places: Places, counter: Tensor, length: int, room: int) -> int:
+        same = counters.setdefault(id(counter), counter.as_subclass(Counter))
+        return count(places, same, length, room)
+
+    monkeypatch.setattr(Places, "_count", spied)
+    static: dict[str, Any] = {"cache_implementation": "static", "do_sample": False}
+    static["eos_token_id"] = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(IDS, max_new_tokens=24 - P - LENGTH + 1, **static)
+    first = len(asked)
+    assert first == 1
+    with pytest.warns(UserWarning, match="has 25, more than the 24"):
+        model.generate(IDS, max_new_tokens=24 - P - LENGTH + 2, **static)
+    assert asked[-1] == 24 - P
+
+
+def test_a_text_that_stays_is_not_held_to_the_length_a_model_was_made_for(attach: Any) -> None:
+    model = build(transformers.LlamaConfig(**GQA))
+    attach(model, Prefix.random(model, P), positions="keep")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model(some_ids(1, 70))
