@@ -43,8 +43,8 @@ def better(score_name: str) -> Callable[[Iterable[float]], float]:
 def target_loss(rows: Sequence[Record]) -> float:
     """Halfway from the untrained base's validation loss to the best method's, one task's rows."""
     most = of(rows, examples=sizes(rows)[-1])
-    means = [mean(row["validation"] for row in of(most, method=m)) for m in names(most, "method")]
-    return (max(means) + min(means)) / 2
+    means = {m: mean(x["validation"] for x in of(most, method=m)) for m in names(most, "method")}
+    return (means.get("untrained base", max(means.values())) + min(means.values())) / 2
 
 
 def seconds_to(loss: float, rows: Sequence[Record]) -> float | None:

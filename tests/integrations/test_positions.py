@@ -421,23 +421,24 @@ def test_padding_changes_nothing_beside_gates(
 
 
 @pytest.mark.parametrize(
-    ("name", "windows"),
-    [("gemma3", [9, None]), ("modernbert", [None, 5]), ("mistral", [9, 6])],
-)
-def test_every_window_and_its_tokens_are_said(attach: Any, name: str, windows: list[Any]) -> None:
-    """Held to gradients: those of tokens that no query reaches are zero."""
-    configs: dict[str, Callable[[], Any]] = {
-        "gemma3": FAMILIES["gemma3"],
-        "modernbert": lambda: transformers.ModernBertConfig(
-            **(ENCODER | {"num_hidden_layers": 2, "local_attention": 10}),
-            layer_types=["full_attention", "sliding_attention"],
+    ("config", "windows"),
+    [
+        (FAMILIES["gemma3"], [9, None]),
+        (
+            lambda: transformers.ModernBertConfig(  # its windows have two sides
+                **(ENCODER | {"num_hidden_layers": 2, "local_attention": 10}),
+                layer_types=["full_attention", "sliding_attention"],
+            ),
+            [None, 5],
         ),
-        "mistral": lambda: transformers.MistralConfig(**GQA, sliding_window=9),
-    }
-    model = build(configs[name]()).requires_grad_(False)
-    if name == "mistral":  # two windows
-        model.model.layers[1].self_attn.sliding_window = 6
-        pytest.skip("one window in a model")
+    ],
+    ids=["gemma3", "modernbert"],
+)
+def test_every_window_and_its_tokens_are_said(
+    attach: Any, config: Callable[[], Any], windows: list[int | None]
+) -> None:
+    """Held to gradients: those of tokens that no query reaches are zero."""
+    model = build(config()).requires_grad_(False)
     prefix = Prefix.random(model, 14)
     with pytest.warns(UserWarning, match="out of every query's reach") as caught:
         attach(model, prefix)
@@ -450,55 +451,53 @@ def test_every_window_and_its_tokens_are_said(attach: Any, name: str, windows: l
         assert window is None or f"whose window is {window};" in message
 
 
-def longer_peft() -> tuple[Any, Callable[[], Any]]:
+def longer_adapter(windowed: Any) -> tuple[Any, Callable[[], Any]]:
     peft = pytest.importorskip("peft")
-    kinds = [
+    short, long = (
         peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n) for n in (3, 20)
-    ]
-    model = peft.get_peft_model(build(transformers.MistralConfig(**GQA, sliding_window=8)), kinds[0])
+    )
+    model = peft.get_peft_model(windowed, short)
 
     def run() -> None:
         if "long" not in model.peft_config:
-            model.add_adapter("long", kinds[1])
+            model.add_adapter("long", long)
             model.set_adapter("long")
         model(input_ids=IDS)
 
     return (model, None), run
 
 
-def longer_member() -> tuple[Any, Callable[[], Any]]:
-    model = build(transformers.MistralConfig(**GQA, sliding_window=8))
-    bank = PrefixBank([Prefix.random(model, 3)])
-    long = Prefix.random(model, 20)
+def longer_member(windowed: Any) -> tuple[Any, Callable[[], Any]]:
+    bank = PrefixBank([Prefix.random(windowed, 3)])
+    long = Prefix.random(windowed, 20)
 
     def run() -> None:
         if len(bank.names) == 1:
             bank.add("long", long)
         with bank.use(["long", 0]):
-            model(IDS)
+            windowed(IDS)
 
-    return (model, bank), run
+    return (windowed, bank), run
 
 
-def longer_row() -> tuple[Any, Callable[[], Any]]:
-    model = build(transformers.MistralConfig(**GQA, sliding_window=8))
-    bank = PrefixBank([Prefix.random(model, 5), Prefix.random(model, 6)])
+def several_in_a_row(windowed: Any) -> tuple[Any, Callable[[], Any]]:
+    bank = PrefixBank([Prefix.random(windowed, 5), Prefix.random(windowed, 6)])
 
     def run() -> None:
         with bank.use([(0, 1), 0]):
-            model(IDS)
+            windowed(IDS)
 
-    return (model, bank), run
+    return (windowed, bank), run
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
-    [(longer_peft, "13 of 20"), (longer_member, "13 of 20"), (longer_row, "4 of 11")],
+    [(longer_adapter, "13 of 20"), (longer_member, "13 of 20"), (several_in_a_row, "4 of 11")],
 )
 def test_a_longer_prefix_that_comes_later_is_said_once(
-    attach: Any, make: Callable[[], tuple[Any, Callable[[], Any]]], said: str
+    attach: Any, make: Callable[[Any], tuple[Any, Callable[[], Any]]], said: str
 ) -> None:
-    given, run = make()
+    given, run = make(build(transformers.MistralConfig(**GQA, sliding_window=8)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(*given)
@@ -544,16 +543,7 @@ def test_a_static_cache_is_asked_for_its_length_once_a_text(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(IDS, max_new_tokens=24 - P - LENGTH + 1, **static)
-    first = len(asked)
-    assert first == 1
+    assert len(asked) == 1
     with pytest.warns(UserWarning, match="has 25, more than the 24"):
         model.generate(IDS, max_new_tokens=24 - P - LENGTH + 2, **static)
     assert asked[-1] == 24 - P
-
-
-def test_a_text_that_stays_is_not_held_to_the_length_a_model_was_made_for(attach: Any) -> None:
-    model = build(transformers.LlamaConfig(**GQA))
-    attach(model, Prefix.random(model, P), positions="keep")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
-        model(some_ids(1, 70))
