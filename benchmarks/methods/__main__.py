@@ -119,6 +119,13 @@ def check(writer: Writer, sizes: Sizes) -> None:
     for before in runs_of(writer.records)[-1:]:
         if before["sizes"] != asdict(sizes):
             raise typer.BadParameter(f"--out: {writer.path} holds a run of other sizes")
+        here = machine.facts("cpu", "")
+        for fact in ("processor", "torch"):
+            if before[fact] != here[fact]:
+                raise typer.BadParameter(
+                    f"--out: {writer.path} was measured with {fact} {before[fact]}, here it is "
+                    f"{here[fact]}"
+                )
 
 
 def train(grid: Grid, place: Place, writer: Writer, workers: int, console: Console) -> None:

@@ -43,7 +43,7 @@ def bench(
         int | None, typer.Option(help="Interleaved rounds.", min=FEWEST, show_default="25")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="For each provider of a case.", show_default="1")
+        float | None, typer.Option(help="For each provider of a case.", min=0, show_default="1")
     ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave the caches as they are.")] = False,
     threads: Threads = None,
@@ -73,7 +73,7 @@ def bench(
         writer = records.Writer(out, fresh)
         kept = len(records.rows_of(writer.records))
         done = _measure(selection, writer, total, errors)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     for table in tables.of_rows(records.rows_of(writer.records), selection.suites):
         console.print(table)
@@ -178,7 +178,11 @@ def compare(
     except KeyboardInterrupt:
         errors.print("interrupted: nothing was compared")
         raise typer.Exit(INTERRUPTED) from None
+    for difference in comparison.strangers(*sides):
+        errors.print(f"not of one machine: {difference}", highlight=False)
     found = comparison.compare(*sides)
+    if all(verdict.word.startswith("only in") for verdict in found):
+        raise typer.BadParameter("A and B have no row in common")
     console.print(tables.of_verdicts(found, before, after))
     console.print(comparison.summary(found))
     if any(verdict.worse for verdict in found):
@@ -199,12 +203,15 @@ def page(
     from prefixattn.bench.page import html, save_pictures
 
     try:
-        found = records.read(results)
+        found = records.read(results, records.FIELDS)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html(found))
-    written = [out, *(save_pictures(found, pictures) if pictures else [])]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html(found))
+        written = [out, *(save_pictures(found, pictures) if pictures else [])]
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from None
     Console().print("wrote " + ", ".join(map(str, written)), highlight=False)
 
 
@@ -217,7 +224,7 @@ def markdown(
     from prefixattn.bench.figures import table
 
     try:
-        found = records.read(results)
+        found = records.read(results, records.FIELDS)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(table(found, tuple(suite or DEFAULT)))
@@ -229,7 +236,7 @@ def targets(results: Annotated[Path, typer.Argument(help="A results file.")]) ->
     from prefixattn.bench.targets import verdicts
 
     try:
-        found = verdicts(records.read(results))
+        found = verdicts(records.read(results, records.FIELDS))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     if not found:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefixattn.bench.providers import FLOOR, OURS, PROVIDERS
-from prefixattn.bench.records import Record, rows_of, runs_of, timed
+from prefixattn.bench.records import Record, rows_of, timed
 
 
 def caption(records: Sequence[Record]) -> str:
-    """The machine, the versions and the commit of the last run, and earlier runs' machines."""
-    *before, last = [*runs_of(records)]
-    commit = f", commit {last['commit']}" if last["commit"] else ""
-    line = f"{_device(last)}, torch {last['torch']}, prefixattn {last['prefixattn']}{commit}, "
-    others = dict.fromkeys(_device(run) for run in before if _device(run) != _device(last))
-    earlier = "".join(f"; the first rows: {device}" for device in others)
-    return line + last["date"] + earlier
+    """The machine of most rows, with its last run's versions and commit, and other machines."""
+    counts: dict[str, int] = {}
+    last: dict[str, Record] = {}
+    device = ""
+    for record in records:  # rows follow the header of their run
+        if record["kind"] == "run":
+            device = _device(record)
+            last[device] = record
+        counts[device] = counts.get(device, 0) + (record["kind"] == "row")
+    first, *others = sorted(counts, key=lambda name: -counts[name])
+    run = last[first]
+    commit = f", commit {run['commit']}" if run["commit"] else ""
+    line = f"{first}, torch {run['torch']}, prefixattn {run['prefixattn']}{commit}, {run['date']}"
+    return line + "".join(f"; {counts[n]} of {sum(counts.values())} rows: {n}" for n in others)
 
 
 def _device(run: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -20,7 +21,9 @@ PACKAGES = (
 )
 CACHE_IF_UNKNOWN, MEMORY_IF_UNKNOWN = 2**26, 2**33
 QUIET = 0.5  # load of a machine with nothing else to do
-SAME = ("processor", "threads", "gpu", "torch")  # what may not differ within one file
+SAME = ("processor", "threads", "gpu", "torch")  # what makes times comparable
+WITHIN = (*SAME, "code")  # what may not differ within one file
+SOURCES = ("*.py", "*.h", "*.cpp")
 
 
 def facts(device: str, command: str) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def facts(device: str, command: str) -> dict[str, Any]:
         "cache": last_level_cache(device),
         "gpu": None,
         "commit": commit(),
+        "code": code(),
         "python": platform.python_version(),
     }
     if device == "cuda":
@@ -95,6 +99,17 @@ def commit() -> str:
     package = Path(__file__).resolve().parents[1]
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
     return _git(package, "describe", "--always", "--dirty", "--exclude=*") if tracked else ""
+
+
+def code() -> str:
+    """A digest of the package's sources: of changes that no commit has, too."""
+    package = Path(__file__).resolve().parents[1]
+    folders = (package, package / "kernels", package / "csrc")  # links, which `rglob` leaves out
+    found = {p for folder in folders for kind in SOURCES for p in folder.rglob(kind)}
+    digest = hashlib.sha256()
+    for path in sorted(found):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str:

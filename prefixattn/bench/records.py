@@ -3,22 +3,24 @@
 A row has `kind` "row", the number of its run, the case (`suite`, `case`, `passes`, `axis`, the
 shape's letters, `model`, `dtype`), the `provider`, `state` ("timed", "unsupported", "wrong" or
 "failed") with its `reason`, and `command`, which repeats it. A timed one has `ms` [median, 20 %,
-80 %], `rounds`, `verified` ("whole", or the part that was), `peak` (bytes beyond the inputs, with
-copies of the prefix that were made before), `flops`, `bytes`, `rates` (FLOP/s of a matrix product
-and bytes/s of a copy in the same run), `of_matmul`, `of_copy` (parts of these) and `of_floor` (how
-many times as long it takes as the same without a prefix).
+80 %], `rounds`, `verified` ("whole"; in older files a part, too), `peak` (bytes beyond the inputs,
+with copies of the prefix that were made before), `flops`, `bytes`, `rates` (FLOP/s of a matrix
+product and bytes/s of a copy in the same run), `of_matmul`, `of_copy` (parts of these) and
+`of_floor` (how many times as long it takes as the same without a prefix).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
 Key = tuple[str, str, str, bool]
 STATES = ("timed", "unsupported", "wrong", "failed")
+HEADER = ("date", "processor", "instructions", "threads", "gpu", "torch", "prefixattn", "commit")
+FIELDS = ("suite", "case", "passes", "axis", "provider", "warm", "state", "reason")
 
 
 def key_of(row: Record) -> Key:
@@ -26,13 +28,21 @@ def key_of(row: Record) -> Key:
     return row["suite"], row["case"], row["provider"], row["warm"]
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, fields: Sequence[str] = ()) -> list[Record]:
     """Every record of a file; a last line that an interruption cut short is left out.
 
+    Args:
+        path: the file.
+        fields: what each row must have, `FIELDS` for those of `prefixattn bench`.
+
     Raises:
+        OSError: it cannot be read.
         ValueError: the file is no results file; its line is named.
     """
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected a results file, got no text") from None
     found: list[Record] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -43,6 +53,12 @@ def read(path: Path) -> list[Record]:
             raise ValueError(f"{path}:{number}: expected a JSON line of a results file") from None
         if not isinstance(record, dict) or record.get("kind") not in ("run", "row"):
             raise ValueError(f"{path}:{number}: expected kind 'run' or 'row', got {line[:60]!r}")
+        wanted = () if not fields else HEADER if record["kind"] == "run" else fields
+        if missing := [name for name in wanted if name not in record]:
+            raise ValueError(
+                f"{path}:{number}: expected a results file of `prefixattn bench`, whose "
+                f"{record['kind']}s have {', '.join(missing)}"
+            )
         found.append(record)
     if not found or found[0]["kind"] != "run":
         raise ValueError(f"{path}: expected a results file that starts with a run's header")

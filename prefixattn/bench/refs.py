@@ -1,11 +1,12 @@
 """Two commits measured side by side: a checkout and a process for each, taking turns.
 
-Both are measured by the benchmark that is running, which is laid over the checkouts: one ruler, and
-a commit from before the benchmark can be measured too.
+Both are measured by the benchmark that is running, which is laid over the checkouts: one ruler, for
+commits that have what it measures by.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefixattn.bench.providers import OURS
-from prefixattn.bench.records import Record, read
+from prefixattn.bench.records import FIELDS, Record, read
 
 RULER = Path(__file__).resolve().parent
 
@@ -58,7 +59,7 @@ def sides(
     """
     files = [Path(name).is_file() for name in (a, b)]
     if all(files):
-        return [read(Path(a))], [read(Path(b))]
+        return [read(Path(a), FIELDS)], [read(Path(b), FIELDS)]
     if any(files):
         raise ValueError(f"A and B: expected two results files or two git refs, got {a} and {b}")
     repository = repository or Path.cwd()
@@ -72,7 +73,10 @@ def sides(
             for side, (name, place) in enumerate(zip((a, b), places, strict=True)):
                 say(f"measuring {name}, run {repeat + 1} of {options.repeats}")
                 out = Path(folder) / f"{side}-{repeat}.jsonl"
-                found[side].append(_measured(place, options, out))
+                try:
+                    found[side].append(_measured(place, options, out))
+                except RuntimeError as error:
+                    raise RuntimeError(f"{name} cannot be measured: {error}") from None
     return found
 
 
@@ -114,11 +118,16 @@ def _measured(place: Path, options: Options, out: Path) -> list[Record]:
     result = subprocess.run(
         [sys.executable, "-m", "prefixattn.bench", *options.arguments(out)],
         cwd=place,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+        | {"PYTHONPATH": str(place)},
         capture_output=True,
         text=True,
         check=False,
     )
     # A wrong implementation ends with 1 as well, and its rows say so.
     if not out.exists():
-        raise RuntimeError(f"measuring {place.name} failed:\n{result.stderr.strip()[-2000:]}")
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        if last.startswith(("ImportError", "ModuleNotFoundError")):
+            raise RuntimeError(f"it lacks what this benchmark measures by: {last}")
+        raise RuntimeError(result.stderr.strip()[-2000:])
     return read(out)

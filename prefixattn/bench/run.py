@@ -111,9 +111,9 @@ def measure(
 
 
 def _same_machine(writer: Writer, header: Record) -> None:
-    """Figures of two machines have no place in one file."""
+    """Figures of two machines, or of two states of the code, have no place in one file."""
     for before in runs_of(writer.records)[-1:]:
-        for fact in machine.SAME:
+        for fact in machine.WITHIN:
             if before.get(fact) != header[fact]:
                 raise ValueError(
                     f"--out: {writer.path} was measured with {fact} {before.get(fact)}, here it is "
@@ -147,7 +147,7 @@ def measure_case(
                 "reason": f"{type(error).__name__}: {_first_line(error)}",
             }
         else:
-            found[name]["verified"] = oracles[sees].part
+            found[name]["verified"] = "whole"
             if fault:
                 found[name] |= {"state": "wrong", "reason": fault}
             else:
@@ -193,6 +193,8 @@ def _start_of_row(case: Case, provider: str, selection: Selection) -> Record:
     command += ["--provider", provider, "--device", selection.device]
     if selection.device == "cpu":
         command += ["--threads", str(torch.get_num_threads())]
+    if (plan := selection.plan) is not None:
+        command += ["--rounds", str(plan.rounds), "--seconds", f"{plan.seconds:g}"]
     command += ["--warm"] if selection.warm else []
     about |= {"softcap": s.softcap, "warm": selection.warm, "provider": provider}
     return about | {"state": "timed", "reason": "", "command": shlex.join(command)}
@@ -216,5 +218,11 @@ def _figures(case: Case, name: str, times: dict[str, Times], rates: Rates) -> Re
 
 
 def broken(rows: Sequence[Record]) -> list[Record]:
-    """Rows of ours that are wrong or failed: what a run's exit status speaks of."""
-    return [row for row in rows if row["provider"] in OURS and row["state"] in ("wrong", "failed")]
+    """Rows of ours, and floors, that are wrong or failed: what a run's exit status speaks of.
+
+    A floor that is wrong puts the truth itself in doubt.
+    """
+    watched = (*OURS, FLOOR)
+    return [
+        row for row in rows if row["provider"] in watched and row["state"] in ("wrong", "failed")
+    ]

@@ -5,9 +5,10 @@ in the same precision has (gradients: three times). In bfloat16 that leaves room
 of all numbers alike, such as a wrong scale: rounding hides it in each of them, but not in the sum
 over all, so that gains and the scale are estimated by least squares besides.
 
-Of a large case some rows and key heads are held to this whole: the upstream gradient is zero
-outside of them, so that every gradient of theirs, the sum over rows in a shared prefix too, is
-exactly that of the smaller problem.
+A large case is checked part by part, some rows and key heads at a time: the upstream gradient is
+zero outside of a part, so that every gradient of it, the sum over rows in a shared prefix too, is
+exactly that of the smaller problem. The scale is named here, for the operation's own default is
+among what is checked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STEP = 1e-3  # by which the scale is varied
 
 
 class Oracle:
-    """The truth of a case, or of a part of it, made once for all providers.
+    """The truth of a case, made once for all providers.
 
     Args:
         case: what is timed; gradients are checked where they are.
@@ -40,9 +41,23 @@ class Oracle:
     """
 
     def __init__(self, case: Case, tensors: Tensors, with_prefix: bool = True) -> None:
+        self.parts = [Part(case, tensors, with_prefix, *part) for part in _parts(case)]
+
+    def fault(self, run: Attention) -> str:
+        """Words for what `run` has wrong, in the first part that is; empty when all is well."""
+        faults = (part.fault(run) for part in self.parts)
+        return next((fault for fault in faults if fault), "")
+
+
+class Part:
+    """The truth of some rows and key heads of a case."""
+
+    def __init__(
+        self, case: Case, tensors: Tensors, with_prefix: bool, rows: list[int], heads: list[int]
+    ) -> None:
         self.tensors = tensors
         self.backward = case.passes != "fwd"
-        self.rows, self.heads = _part(case)
+        self.rows, self.heads = rows, heads
         self.queries = [h * tensors.group + g for h in self.heads for g in range(tensors.group)]
         inputs = self._inputs(case, with_prefix)
         wide = {
@@ -52,14 +67,6 @@ class Oracle:
         self.exact = self._evaluate(wide, None)
         self.plain = self._evaluate(inputs, inputs["query"].dtype)
         self.by_scale = self._by_scale(wide, case.shape.D**-0.5)
-
-    @property
-    def part(self) -> str:
-        """What is checked, in words."""
-        s = self.tensors
-        if (len(self.rows), len(self.heads)) == (s.query.shape[0], s.key.shape[1]):
-            return "whole"
-        return f"rows {_listing(self.rows)}, key heads {_listing(self.heads)}"
 
     def fault(self, run: Attention) -> str:
         """Words for what `run` has wrong; empty when all is well."""
@@ -114,7 +121,8 @@ class Oracle:
             for name in ("prefix_key", "prefix_value"):
                 inputs[name] = inputs[name][:, :, :0]
         inputs["prefix_index"] = t.index[self.rows]
-        return inputs | {"is_causal": True, "softcap": case.shape.softcap}
+        scale = case.shape.D**-0.5
+        return inputs | {"is_causal": True, "softcap": case.shape.softcap, "scale": scale}
 
     def _evaluate(self, inputs: dict[str, Any], dtype: torch.dtype | None) -> Results:
         def run(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -129,7 +137,7 @@ class Oracle:
         """The output's derivative by the logarithm of the scale."""
         with torch.no_grad():
             more, less = (
-                reference.forward(make_problem(**wide, scale=factor * scale), None)[0]
+                reference.forward(make_problem(**wide | {"scale": factor * scale}), None)[0]
                 for factor in (1 + STEP, 1 - STEP)
             )
         return (more - less) / (2 * STEP)
@@ -151,24 +159,15 @@ def _part_of(error: Tensor, direction: Tensor) -> float:
     return (error.double() * direction).sum().item() / size if size else 0.0
 
 
-def _part(case: Case) -> tuple[list[int], list[int]]:
-    """Rows and key heads whose float64 scores are at most `LARGEST`, the last ones among them."""
+def _parts(case: Case) -> list[tuple[list[int], list[int]]]:
+    """All rows and key heads, cut so that the float64 scores of each part are at most `LARGEST`."""
     s = case.shape
     one = s.H // s.H_kv * s.M * (s.P + s.N)  # scores of a row and key head
-    if one * s.B * s.H_kv <= LARGEST:
-        return list(range(s.B)), list(range(s.H_kv))
     pairs = max(1, LARGEST // one)
-    rows = _spread(s.B, min(2, pairs))
-    return rows, _spread(s.H_kv, pairs // len(rows))
+    heads = _chunks(s.H_kv, min(pairs, s.H_kv))
+    return [(r, h) for r in _chunks(s.B, max(1, pairs // s.H_kv)) for h in heads]
 
 
-def _spread(size: int, count: int) -> list[int]:
-    """At most `count` of `range(size)`: the last, the first, then between."""
-    if count <= 1:
-        return [size - 1]
-    count = min(count, size)
-    return sorted({round(n * (size - 1) / max(1, count - 1)) for n in range(count)})
-
-
-def _listing(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _chunks(size: int, most: int) -> list[list[int]]:
+    """`range(size)` in pieces of at most `most`."""
+    return [list(range(first, min(first + most, size))) for first in range(0, size, most)]

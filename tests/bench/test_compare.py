@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -34,6 +35,13 @@ NOISE = {
         (1, 1),
         "same",
     ),
+    "noisy runs": ([(1.0, 0.4)], [(1.2, 0.4)], (1, 1), "cannot tell"),
+    "a wide spread within runs, but not between them": (
+        [(1.0, 0.3), (1.01, 0.3), (0.99, 0.3)],
+        [(1.12, 0.3), (1.13, 0.3), (1.11, 0.3)],
+        (1, 1),
+        "slower",
+    ),
     "each run again": ([(1.0, 0.01)] * 3, [(1.12, 0.01)] * 3, (1, 1), "slower"),
 }
 
@@ -61,6 +69,60 @@ def test_a_verdict_knows_the_noise(
     assert found["ours-cpu"].word == word
     assert found["ours-cpu"].worse == (word == "slower")
     assert not found["no-prefix"].worse  # a slower machine is nobody's fault
+
+
+def test_more_runs_see_less(made: Make, header: Record) -> None:
+    """6 % between runs that differ by 2 %: repeats bring certainty, and cost none."""
+    draw = random.Random(0)
+    found = {}
+    for repeats in (2, 3, 5, 10, 20):
+        words = []
+        for _ in range(200):
+            sides = [
+                runs(made, header, [(ms * draw.gauss(1, 0.02), 0.01) for _ in range(repeats)], 1)
+                for ms in (1.0, 1.06)
+            ]
+            words += [v.word for v in compare(*sides) if v.key[2] == "ours-cpu"]
+        found[repeats] = words.count("slower") / len(words)
+    assert list(found.values()) == sorted(found.values())
+    assert found[20] == 1 > found[2]
+
+
+def test_the_floor_of_capped_scores_is_ours_and_says_nothing(made: Make, header: Record) -> None:
+    before, after = (
+        [[header, made("ours-cpu", ms, softcap=50.0), made("no-prefix", ms, softcap=50.0)]]
+        for ms in (1.0, 1.5)
+    )
+    assert [verdict.word for verdict in compare(before, after)] == ["slower", "slower"]
+
+
+def test_other_machines_are_named(tmp_path: Path, made: Make, header: Record) -> None:
+    a = write(tmp_path / "a.jsonl", [header, made("ours-cpu")])
+    b = write(tmp_path / "b.jsonl", [header | {"processor": "another"}, made("ours-cpu")])
+    result = RUN.invoke(cli.app, ["compare", a, b], env={"COLUMNS": "250"})
+    assert "not of one machine: processor is a processor in A and another in B" in result.output
+    other = write(tmp_path / "c.jsonl", [header, made("merge")])
+    apart = RUN.invoke(cli.app, ["compare", a, other], env={"COLUMNS": "250"})
+    assert apart.exit_code == 2
+    assert "no row in common" in apart.output
+
+
+BROKEN = {
+    "a row of something else": ([{"kind": "row", "method": "LoRA"}], "whose rows have suite"),
+    "a header of something else": ([], "whose runs have date"),
+}
+
+
+@pytest.mark.parametrize("command", ["page", "markdown", "targets"])
+@pytest.mark.parametrize(("rows", "said"), BROKEN.values(), ids=BROKEN.keys())
+def test_files_of_something_else_are_named(
+    tmp_path: Path, header: Record, rows: list[Record], said: str, command: str
+) -> None:
+    head = header if rows else {"kind": "run"}
+    path = write(tmp_path / "a.jsonl", [head, *rows])
+    result = RUN.invoke(cli.app, [command, path], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert said in result.output
 
 
 def test_the_words_name_the_change_and_the_noise(made: Make, header: Record) -> None:

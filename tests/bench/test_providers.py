@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -152,10 +153,43 @@ def test_a_fault_is_found(
     case = make_case(**letters)
     tensors = make_tensors(case, "cpu")
     oracle = Oracle(case, tensors, name != FLOOR)
-    assert (oracle.part == "whole") == (largest > 100)
+    assert (len(oracle.parts) == 1) == (largest > 100)
     call = PROVIDERS[name](case.shape, tensors, case.passes)
     assert oracle.fault(call) == ""
     assert re.search(words, oracle.fault(corrupt(tensors, call)))
+
+
+def test_every_row_and_head_of_a_large_case_is_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    for largest in (1, 100, 300, 2**25):
+        monkeypatch.setattr(verify, "LARGEST", largest)
+        case = make_case(**TRAINING)
+        pairs = [(r, h) for rows, heads in verify._parts(case) for r in rows for h in heads]
+        assert sorted(pairs) == list(product(range(case.shape.B), range(case.shape.H_kv)))
+
+
+@pytest.mark.parametrize("name", ["ours-reference", "ours-sdpa"])
+def test_the_operations_own_default_of_the_scale_is_checked(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixattn import api
+
+    case = make_case(**TRAINING)
+    tensors = make_tensors(case, "cpu")
+    right = api.make_problem
+
+    def wrong(*given: Any, **options: Any) -> Any:
+        if options.get("scale") is None:
+            options["scale"] = 1.3 * options["query"].shape[-1] ** -0.5
+        return right(*given, **options)
+
+    call = PROVIDERS[name](case.shape, tensors, case.passes)
+    assert Oracle(case, tensors).fault(call) == ""
+    monkeypatch.setattr(api, "make_problem", wrong)
+    monkeypatch.setattr(verify, "make_problem", wrong)
+    oracle = Oracle(case, tensors)
+    assert "as if the scale were" in oracle.fault(call)
+    peer = PROVIDERS["cat+flash"](case.shape, tensors, case.passes)
+    assert oracle.fault(peer) == ""
 
 
 def test_a_prefix_gradient_that_misses_a_row_is_found_in_a_part(
@@ -166,7 +200,7 @@ def test_a_prefix_gradient_that_misses_a_row_is_found_in_a_part(
     tensors = make_tensors(case, "cpu")
     oracle = Oracle(case, tensors)
     right = PROVIDERS["cat+flash"](case.shape, tensors, "fwd+bwd")
-    assert len(oracle.rows) == 2
+    assert len(oracle.parts) > 1
     assert oracle.fault(right) == ""
 
     def run() -> Tensor:

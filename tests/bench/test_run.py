@@ -137,6 +137,34 @@ def test_two_machines_have_no_place_in_one_file(
         run_all(selection("merge"), Writer(path))
 
 
+def test_two_states_of_the_code_have_no_place_in_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.jsonl"
+    run_all(selection(), Writer(path))
+    monkeypatch.setattr(machine, "code", lambda: "mended")
+    with pytest.raises(ValueError, match="was measured with code .*, here it is mended"):
+        run_all(selection("merge"), Writer(path))
+
+
+def test_the_code_is_known_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "bench" / "machine.py"))
+    (tmp_path / "sdpa.py").write_text("scale = 1")
+    before = machine.code()
+    assert machine.code() == before
+    (tmp_path / "sdpa.py").write_text("scale = 2")
+    assert machine.code() != before
+
+
+def test_a_row_s_command_repeats_its_rounds(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    words = ["--suite", "tiny", "--provider", "merge", *FAST, "--out", str(out)]
+    assert RUN.invoke(cli.app, words, env=WIDE).exit_code == 0
+    row = rows_of(records.read(out))[0]
+    assert row["command"].endswith("--rounds 7 --seconds 0")
+
+
 def test_an_interruption_keeps_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
