@@ -81,3 +81,6 @@ def by_trainer(folder):
 
 if __name__ == "__main__":
     {"accelerate": by_accelerate, "trainer": by_trainer}[sys.argv[1]](Path(sys.argv[2]))
+    # gloo's threads want the GIL while the interpreter goes, and abort then: pytorch/pytorch#179291
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
