@@ -32,14 +32,20 @@ Row = int | str | None | Sequence[int | str]
 
 @dataclass(eq=False)
 class _Use:
-    """One ``with bank.use(rows)``: what each row reads, and the tables that this was found in."""
+    """One ``with bank.use(rows)``: what each row reads, and the tables that this was found in.
+
+    What a compiler is to see of it holds no places: each selection would have a graph of its own.
+    """
 
     rows: list[Entry]  # empty: no prefix
+    index: Tensor  # [rows], the place of each one's entry among `entries`, -1 for none
+    lengths: Tensor  # [R], tokens of each entry
+    modules: list[list[Prefix]] | None  # of each entry; None: some are in files
     tables: Pairs | None = None
 
     @property
     def entries(self) -> list[Entry]:
-        return list(dict.fromkeys(row for row in self.rows if row))
+        return _distinct(self.rows)
 
 
 class PrefixBank(PrefixSource):
@@ -169,7 +175,7 @@ class PrefixBank(PrefixSource):
         found = [self._entry(row) for row in rows]
         if not found:
             raise ValueError("rows must hold one member for each row of the batch, got none")
-        return self._using(_Use(found))
+        return self._using(self._use(found))
 
     def batch(self) -> PrefixBatch:
         """What a forward of the model attends to: the entries of the rows in use.
@@ -299,13 +305,26 @@ class PrefixBank(PrefixSource):
 
     # What is in use
 
+    def _use(self, rows: list[Entry]) -> _Use:
+        entries = _distinct(rows) or [()]
+        places = {entry: place for place, entry in enumerate(entries)}
+        modules = [[self._module(place) for place in entry] for entry in entries]
+        live = [[m for m in members if m is not None] for members in modules]
+        device = self._like.device
+        with torch.inference_mode(False):  # training may begin within
+            index = torch.tensor([places[row] if row else -1 for row in rows], device=device)
+            lengths = torch.tensor([self._length(entry) for entry in entries], device=device)
+        return _Use(rows, index, lengths, live if live == modules else None)
+
     @contextmanager
     def _using(self, use: _Use) -> Iterator[None]:
         begin_text()
         self._uses.append(use)
         before, self._ready = self._ready, None
         try:
-            if not self._trains(use):
+            if self._trains(use):
+                self._tables.doubt({place for entry in use.entries for place in entry})
+            else:
                 self._ready = self._prepared(use)
             yield
         finally:
@@ -347,7 +366,12 @@ class PrefixBank(PrefixSource):
                 self._tables.put(entry, entries, tensors, self._read)
             self._tables.touch(entry)
         use.tables = self._tables.pairs
-        return self._batch_of(use, self._tables.pairs, self._tables.slots, self._tables.lengths)
+        index = [self._tables.slots[row] if row else -1 for row in use.rows]
+        return PrefixBatch(
+            self._spread(self._tables.pairs),
+            torch.tensor(index, device=self._like.device),
+            self._tables.lengths,
+        )
 
     def _read(self, place: int) -> Pairs:
         """The tensors of one member, without gradients."""
@@ -361,25 +385,22 @@ class PrefixBank(PrefixSource):
 
     def _stacked(self, use: _Use) -> PrefixBatch:
         """The entries in use side by side in new tensors, which gradients flow through."""
+        if torch.compiler.is_compiling() and use.modules is not None:
+            return self._joined(use, [[_pairs(m) for m in entry] for entry in use.modules])
         live: dict[int, Pairs] = {}
         for place in dict.fromkeys(place for entry in use.entries for place in entry):
             module = self._module(place)
             if module is not None:
-                live[place] = [(k[0], v[0]) for k, v in filter(None, module.batch().pairs)]
+                live[place] = _pairs(module)
         if any(place not in live for entry in use.entries for place in entry):
             self._prepared(use)
         self._tables.doubt(live)
-        entries = use.entries or [()]
-        pieces = [list(self._pieces(entry, live)) for entry in entries]
+        return self._joined(use, [list(self._pieces(e, live)) for e in use.entries or [()]])
+
+    def _joined(self, use: _Use, pieces: list[list[Pairs]]) -> PrefixBatch:
         shapes = [shape for shape in self._layer_shapes if shape is not None]
         pairs = side_by_side(pieces, shapes, self._like)
-        lengths = [self._length(entry) for entry in entries]
-        return self._batch_of(
-            use,
-            pairs,
-            {entry: i for i, entry in enumerate(entries)},
-            torch.tensor(lengths, device=self._like.device),
-        )
+        return PrefixBatch(self._spread(pairs), use.index, use.lengths)
 
     def _pieces(self, entry: Entry, live: Mapping[int, Pairs]) -> Iterator[Pairs]:
         """The tensors of each member of an entry; those of files out of the tables."""
@@ -395,16 +416,19 @@ class PrefixBank(PrefixSource):
                 ]
             start = end
 
-    def _batch_of(
-        self, use: _Use, pairs: Pairs, places: Mapping[Entry, int], lengths: Tensor
-    ) -> PrefixBatch:
-        index = [places[row] if row else -1 for row in use.rows]
+    def _spread(self, pairs: Pairs) -> list[tuple[Tensor, Tensor] | None]:
         layers = [i for i, shape in enumerate(self._layer_shapes) if shape is not None]
-        return PrefixBatch(
-            spread(pairs, layers, len(self._layer_shapes)),
-            torch.tensor(index, device=self._like.device),
-            lengths,
-        )
+        return spread(pairs, layers, len(self._layer_shapes))
+
+
+def _distinct(rows: Sequence[Entry]) -> list[Entry]:
+    """The entries that some row reads, each once."""
+    return list(dict.fromkeys(row for row in rows if row))
+
+
+def _pairs(member: Prefix) -> Pairs:
+    """What a module gives, per layer that has a prefix."""
+    return [(k[0], v[0]) for k, v in filter(None, member.batch().pairs)]
 
 
 def _numbered(members: Sequence[Member]) -> dict[str, Member]:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, PeftType
@@ -69,6 +69,32 @@ def attach_peft(model: PeftModel, options: Options) -> Handle:
         return Handle(model, model.prompt_encoder, undo)
 
 
+class Adapter(NamedTuple):
+    """A prefix adapter of a PeftModel: what PEFT holds of it."""
+
+    config: Any
+    encoder: Any
+    tokens: Tensor
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """Per layer by PEFT's count."""
+        dim = self.config.token_dim // self.config.num_attention_heads
+        shape = LayerShape(self.config.num_attention_heads, dim, dim)
+        return [shape] * self.config.num_layers
+
+    def flat(self) -> Tensor:
+        """``[P, 2 * L * H_kv * D]``."""
+        config, weight = self.config, self.encoder.embedding.weight
+        projects = getattr(self.encoder, "prefix_projection", False) and not config.inference_mode
+        if not projects and not hasattr(weight, "device_mesh"):
+            return cast("Tensor", weight)
+        tokens = self.tokens[: config.num_virtual_tokens].to(weight.device)
+        if config.inference_mode and config.peft_type == PeftType.PREFIX_TUNING:
+            return cast("Tensor", self.encoder.embedding(tokens))
+        return cast("Tensor", self.encoder(tokens[None])[0])
+
+
 class _Calls(threading.local):
     """The calls of attached PeftModels that run in this thread, the innermost last."""
 
@@ -96,25 +122,49 @@ class PeftSource:
         self._traced: tuple[Sequence[str] | None, ...] = ()  # the same, for a compiler
         self._ready: Kept[PrefixBatch] = Kept()
         self._ready_for: Any = None
+        self._active: Adapter | None = None
+        self.note_active()
 
     def __call__(self) -> PrefixBatch | None:
-        model = self.model
         asked = self._asked()
-        if not asked or model._adapters_disabled:
+        if not asked or self.model._adapters_disabled:
             return None
         chosen = asked[-1]
-        active = model.active_adapter
-        names = list(dict.fromkeys(chosen or ([active] if isinstance(active, str) else [])))
-        names = [name for name in names if name != BASE]
-        if not names or any(model.peft_config[name].peft_type not in TYPES for name in names):
+        found = [self.active] if chosen is None else map(self._adapter, _distinct(chosen))
+        adapters = [adapter for adapter in found if adapter is not None]
+        if not adapters:
             return None
-        flats = [self._flat(name) for name in names]
-        if not all(isinstance(flat, nn.Parameter) for flat in flats):
-            return self._batch(names, flats, chosen)
+        flats = [adapter.flat() for adapter in adapters]
+        if torch.compiler.is_compiling() or any(not isinstance(x, nn.Parameter) for x in flats):
+            return self._batch(adapters, flats, chosen)
         # What a decoded token needs is the same as for the one before it.
-        if self._ready_for != (names, chosen):
-            self._ready, self._ready_for = Kept(), (names, chosen)
-        return self._ready.of(flats, lambda: self._batch(names, flats, chosen))
+        if self._ready_for != chosen:
+            self._ready, self._ready_for = Kept(), chosen
+        return self._ready.of(flats, lambda: self._batch(adapters, flats, chosen))
+
+    @property
+    def active(self) -> Adapter | None:
+        """The active adapter, if it is a prefix.
+
+        A compiler reads no name, which would give each adapter a graph of its own.
+        """
+        if not torch.compiler.is_compiling():
+            self.note_active()
+        return self._active
+
+    def note_active(self) -> None:
+        """See which adapter is active now."""
+        name = self.model.active_adapter
+        self._active = self._adapter(name) if isinstance(name, str) else None
+
+    def _adapter(self, name: str) -> Adapter | None:
+        """None: it is no prefix."""
+        model = self.model
+        if model.peft_config[name].peft_type not in TYPES:
+            return None
+        return Adapter(
+            model.peft_config[name], model.prompt_encoder[name], model.prompt_tokens[name]
+        )
 
     def _asked(self) -> tuple[Sequence[str] | None, ...]:
         """For each running call of the PeftModel, outermost first, its ``adapter_names``."""
@@ -128,23 +178,23 @@ class PeftSource:
         return any(p.requires_grad for p in self.model.prompt_encoder.parameters())
 
     def _batch(
-        self, names: list[str], flats: list[Tensor], chosen: Sequence[str] | None
+        self, adapters: list[Adapter], flats: list[Tensor], chosen: Sequence[str] | None
     ) -> PrefixBatch:
         index = lengths = None
         if chosen is not None:
-            places = {name: place for place, name in enumerate(names)} | {BASE: -1}
+            places = {name: place for place, name in enumerate(_distinct(chosen))} | {BASE: -1}
             index = torch.tensor([places[name] for name in chosen], device=flats[0].device)
             lengths = torch.tensor([len(flat) for flat in flats], device=flats[0].device)
         most = max(len(flat) for flat in flats)
         entries = [
-            split_layers(nn.functional.pad(x, (0, 0, 0, most - len(x))), self._shapes(name))
-            for name, x in zip(names, flats, strict=True)
+            split_layers(nn.functional.pad(x, (0, 0, 0, most - len(x))), adapter.shapes)
+            for adapter, x in zip(adapters, flats, strict=True)
         ]
         pairs: list[tuple[Tensor, Tensor] | None] = []
-        for slot, layer in enumerate(self._layers(names[0], len(entries[0]))):
+        for slot, layer in enumerate(self._layers(adapters[0])):
             halves = zip(*(entry[layer] for entry in entries), strict=True)
             key, value = (torch.stack(x) if len(x) > 1 else x[0][None] for x in halves)
-            shape = self._fitted(slot, names[0])
+            shape = self._fitted(slot, adapters[0])
             if shape is None:
                 pairs.append(None)
             else:
@@ -154,9 +204,10 @@ class PeftSource:
                 )
         return PrefixBatch(pairs, index, lengths)
 
-    def _layers(self, name: str, count: int) -> list[int]:
+    def _layers(self, adapter: Adapter) -> list[int]:
         """Where in PEFT's order each of our layers has its prefix."""
-        if self.model.peft_config[name].num_transformer_submodules == 1:
+        count = len(adapter.shapes)
+        if adapter.config.num_transformer_submodules == 1:
             return list(range(min(count, len(self.slots))))
         # For an encoder-decoder PEFT doubles the layers and gives each decoder layer two of them.
         return [(2 * layer) % count for layer in range(len(self.slots))]
@@ -164,34 +215,18 @@ class PeftSource:
     @property
     def layer_shapes(self) -> list[LayerShape | None]:
         """What the active adapter holds, per slot."""
-        active = self.model.active_adapter
-        count = len(self._layers(active, self.model.peft_config[active].num_layers))
-        return [self._fitted(slot, active) for slot in range(count)]
+        active = self.active
+        if active is None:
+            return [None] * len(self.slots)
+        return [self._fitted(slot, active) for slot in range(len(self._layers(active)))]
 
-    def _fitted(self, slot: int, name: str) -> LayerShape | None:
+    def _fitted(self, slot: int, adapter: Adapter) -> LayerShape | None:
         """What a slot takes of the adapter's numbers; None: it needs more than there are."""
-        held, wanted = self._shapes(name)[0], self.slots[slot]
+        held, wanted = adapter.shapes[0], self.slots[slot]
         if len(set(self.slots)) == 1:
             return held
         fits = all(need <= have for need, have in zip(wanted, held, strict=True))
         return wanted if fits else None
-
-    def _shapes(self, name: str) -> list[LayerShape]:
-        config = self.model.peft_config[name]
-        dim = config.token_dim // config.num_attention_heads
-        return [LayerShape(config.num_attention_heads, dim, dim)] * config.num_layers
-
-    def _flat(self, name: str) -> Tensor:
-        """``[P, 2 * L * H_kv * D]``."""
-        config, encoder = self.model.peft_config[name], self.model.prompt_encoder[name]
-        weight = encoder.embedding.weight
-        projects = getattr(encoder, "prefix_projection", False) and not config.inference_mode
-        if not projects and not hasattr(weight, "device_mesh"):
-            return weight
-        tokens = self.model.prompt_tokens[name][: config.num_virtual_tokens].to(weight.device)
-        if config.inference_mode and config.peft_type == PeftType.PREFIX_TUNING:
-            return encoder.embedding(tokens)
-        return encoder(tokens[None])[0]
 
     @contextmanager
     def rows(self, names: Sequence[str] | None, *inputs: Any) -> Iterator[None]:
@@ -248,15 +283,18 @@ def _say_what_is_skipped(source: PeftSource, sites: Sequence[Site]) -> None:
     warnings.warn(f"the prefix is too narrow for {skipped}, which have none", stacklevel=5)
 
 
+def _distinct(chosen: Sequence[str]) -> list[str]:
+    """The adapters of these rows, each once."""
+    return [name for name in dict.fromkeys(chosen) if name != BASE]
+
+
 def _has_prefix(model: PeftModel) -> bool:
     """Whether the active adapter is one, there may be none left, and the model attached to.
 
     A method that accelerate wrapped while it was outlives `detach`.
     """
-    name = model.active_adapter
-    if not hasattr(model, SOURCE) or not isinstance(name, str):
-        return False
-    return model.peft_config[name].peft_type in TYPES
+    source: PeftSource | None = getattr(model, SOURCE, None)
+    return source is not None and source.active is not None
 
 
 def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
@@ -294,7 +332,15 @@ def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
         _drop_token_types(inputs)
         return inputs
 
-    members: dict[str, Any] = {"forward": forward}
+    def set_active(self: Any, name: Any) -> None:
+        vars(self)["active_adapter"] = name
+        if (source := getattr(self, SOURCE, None)) is not None:
+            source.note_active()
+
+    members: dict[str, Any] = {
+        "forward": forward,
+        "active_adapter": property(lambda self: vars(self)["active_adapter"], set_active),
+    }
     if hasattr(old, "generate"):
         members["generate"] = generate
     if hasattr(old, "prepare_inputs_for_generation"):

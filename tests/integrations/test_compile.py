@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
+import prefixattn
 from prefixattn import Prefix, PrefixBank
 
 
@@ -103,3 +105,58 @@ def test_one_graph_for_all_members_of_a_bank(case: Callable[..., Any], attach: A
             expected = given.model(given.input_ids).logits
             torch.testing.assert_close(compiled(given.input_ids).logits, expected)
     assert counter.frame_count == 1
+
+
+def test_training_members_of_a_bank_makes_one_graph(case: Callable[..., Any], attach: Any) -> None:
+    """For as many members at once, and as long ones; each gets its own gradient."""
+    given = case("llama")
+    given.model.requires_grad_(False)
+    bank = PrefixBank([Prefix.random(given.model, 4) for _ in range(4)])
+    attach(given.model, bank)
+    counter = CompileCounter()
+    compiled = torch.compile(given.model, fullgraph=True, backend=counter)
+    inputs = {"labels": given.input_ids, "use_cache": False}
+    for rows in ([0, 1], [2, 3], [1, 2]):
+        gradients = []
+        for model in (given.model, compiled):
+            bank.zero_grad()
+            with bank.use(rows):
+                model(given.input_ids, **inputs).loss.backward()
+            gradients.append([p.grad for p in bank.parameters()])
+        trained = {
+            place for place, member in bank.members.items() if member.keys[0].grad is not None
+        }
+        assert trained == {str(row) for row in rows}
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_one_graph_for_all_adapters_of_a_peft_model(case: Callable[..., Any], grad: bool) -> None:
+    model = case("llama").model.requires_grad_(False)
+    names = ["first", "second", "third"]
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    whole = peft.get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        whole.add_adapter(name, config)
+    prefixattn.attach(whole)
+    counter = CompileCounter()
+    compiled = torch.compile(whole, fullgraph=True, backend=counter)
+    ids = torch.randint(2, 90, (2, 9))
+    found = []
+    with torch.set_grad_enabled(grad):
+        for name in [*names, *names]:
+            whole.set_adapter(name)
+            expected = whole(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
+            found.append(expected)
+    assert not torch.equal(found[0], found[1])
+    assert counter.frame_count == 1
+    with whole.disable_adapter():
+        expected = whole(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
+    assert not torch.equal(found[0], expected)
+    whole.delete_adapter("third")
+    whole.set_adapter("second")
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, found[1])
