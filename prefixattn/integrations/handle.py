@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,9 @@ from prefixattn.integrations.undo import Undo
 from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource
 
 SUBMODULE = "prefixattn"
+BATCHING = {"generate_batch", "init_continuous_batching"}
+"""The ways into transformers' continuous batching."""
+
 UNDO = "prefixattn_undo"
 """The attribute of an attached transformers model that knows how to detach it."""
 
@@ -93,10 +97,19 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
 
         if is_prompt_learning(model):
             if prefix is not None:
-                raise ValueError("prefix must be None for a PeftModel that brings its own")
+                brought: Any = model.active_peft_config
+                raise ValueError(
+                    "prefix must be None for a PeftModel that brings virtual tokens of its own "
+                    f"({brought.peft_type.value}): attach it to the base model, "
+                    "get_base_model(), beside those"
+                )
             return attach_peft(model, options)
     if not isinstance(prefix, PrefixSource | EncoderDecoderPrefix):
-        raise TypeError(f"prefix must be a prefixattn.Prefix, got a {type(prefix).__name__}")
+        none = "none, and the model brings no prefix tuning adapter of PEFT's"
+        raise TypeError(
+            "prefix must be a prefixattn.Prefix, got "
+            f"{none if prefix is None else f'a {type(prefix).__name__}'}"
+        )
     target = check_model(model)
     if hasattr(target, SUBMODULE):
         raise ValueError(f"{type(target).__name__} already has a submodule named {SUBMODULE!r}")
@@ -159,6 +172,9 @@ def install(
     register()
     setattr(model, UNDO, undo)
     undo.callback(delattr, model, UNDO)
+    for name in BATCHING & set(dir(model)):
+        setattr(model, name, partial(_refuse_batching, type(model).__name__))
+        undo.callback(delattr, model, name)
     adapt(model, undo)
     stacks: dict[PreTrainedModel, list[str]] = {}
     for part in sources:
@@ -176,6 +192,13 @@ def install(
             options,
             undo,
         )
+
+
+def _refuse_batching(model: str, *args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError(
+        f"{model} has a prefix attached, which transformers' continuous batching (generate_batch) "
+        "would lose: generate() takes batches, `prefixattn vllm` serves prefixes; detach() first"
+    )
 
 
 def _install_stack(

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,9 +21,16 @@ def own_configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-# By config and name: how many models have set it, the name before, and the config, which keeps its
-# id its own. Models that were built from one config object share it.
-_users: dict[tuple[int, str], tuple[int, str, Any]] = {}
+class _Use(NamedTuple):
+    """How many models have set a name, the one before, and what forgets both with the config."""
+
+    models: int
+    before: str
+    config: ref[Any]
+
+
+# By config and name. Models that were built from one config object share it.
+_uses: dict[tuple[int, str], _Use] = {}
 
 
 def set_implementation(name: str, configs: Sequence[Any]) -> Callable[[], None]:
@@ -34,8 +42,9 @@ def set_implementation(name: str, configs: Sequence[Any]) -> Callable[[], None]:
     """
     befores = [config._attn_implementation_internal for config in configs]
     for config, own in zip(configs, befores, strict=True):
-        count, before, _ = _users.get((id(config), name), (0, own, config))
-        _users[id(config), name] = (count + 1, before, config)
+        key = (id(config), name)
+        use = _uses.get(key) or _Use(0, own, ref(config, partial(_forget, key)))
+        _uses[key] = use._replace(models=use.models + 1)
         config._attn_implementation_internal = name
     return partial(_restore, name, list(configs), befores)
 
@@ -43,8 +52,13 @@ def set_implementation(name: str, configs: Sequence[Any]) -> Callable[[], None]:
 def _restore(name: str, configs: Sequence[Any], befores: Sequence[str]) -> None:
     for config, own in zip(configs, befores, strict=True):
         # A copy of a configuration has one user, its copied model, which nobody counted.
-        count, before, _ = _users.pop((id(config), name), (1, own, config))
-        if count > 1:
-            _users[id(config), name] = (count - 1, before, config)
+        key = (id(config), name)
+        use = _uses.pop(key, None)
+        if use is not None and use.models > 1:
+            _uses[key] = use._replace(models=use.models - 1)
         elif config._attn_implementation_internal == name:
-            config._attn_implementation_internal = before
+            config._attn_implementation_internal = own if use is None else use.before
+
+
+def _forget(key: tuple[int, str], config: ref[Any]) -> None:
+    _uses.pop(key, None)

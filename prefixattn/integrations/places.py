@@ -304,6 +304,16 @@ def _table_size(stack: PreTrainedModel) -> int | None:
     return len(sines) if isinstance(sines, Tensor) and sines.ndim == 2 else None
 
 
+def known_positions(model: nn.Module) -> int | None:
+    """How many tokens every stack of ``model`` has places for in its table, where it has one."""
+    found = []
+    for stack in model.modules():
+        if isinstance(stack, PreTrainedModel) and (size := _table_size(stack)) is not None:
+            numbering = _numbering(stack)
+            found.append(size - (0 if numbering is None else numbering.first))
+    return min(found, default=None)
+
+
 def _turning_size(stack: PreTrainedModel) -> int | None:
     """The number of positions that attention modules have sines and cosines for."""
     return min((len(table) for table in turning_tables(stack)), default=None)

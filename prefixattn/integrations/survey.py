@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefixattn.integrations.adapters import adapt, is_adapted
 from prefixattn.integrations.carrier import SLOT
 from prefixattn.integrations.implementation import own_configs, set_implementation
+from prefixattn.integrations.places import known_positions
 from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.tensor_parallel import whole_sites
 from prefixattn.integrations.transformers import attention_forward
@@ -94,10 +95,13 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     Raises:
         TypeError: not a transformers model.
         NotImplementedError: a model that cannot carry a prefix, named, with the reason.
+        ValueError: ``input_ids`` that the model has no embeddings for, or more than positions.
     """
     model = check_model(model)
     embeddings = input_embeddings(model)
     owner = model if embeddings is None else embeddings
+    if input_ids is not None:
+        _check_tokens(model, input_ids, getattr(embeddings, "num_embeddings", None))
     device = offloaded_to(owner) or next(owner.parameters()).device
     ids = torch.tensor([[0, 1]]) if input_ids is None else input_ids
     inputs, lengths = _inputs(model, ids.to(device), part)
@@ -126,6 +130,21 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     for missed in {lengths[size] for size in recording.masked if size in lengths} - met:
         raise refusal(model, f"its {missed} asks for masks, and then attends by itself")
     return whole_sites(model, recording.sites)
+
+
+def _check_tokens(model: PreTrainedModel, ids: Tensor, vocabulary: int | None) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if vocabulary is not None and not 0 <= low <= high < vocabulary:
+        raise ValueError(
+            f"input_ids must be in [0, {vocabulary}), which {type(model).__name__} embeds, got "
+            f"{low if low < 0 else high}"
+        )
+    known = known_positions(model)
+    if known is not None and ids.shape[1] > known:
+        raise ValueError(
+            f"input_ids must hold at most {known} tokens, for which {type(model).__name__} has "
+            f"positions, got {ids.shape[1]}"
+        )
 
 
 def _inputs(
@@ -191,7 +210,12 @@ def check_model(model: Any) -> PreTrainedModel:
     if hasattr(model, "get_base_model"):  # a PeftModel around it
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        # torch.compile's, DataParallel's and its kin
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        around = "" if inner is None else f" around a {type(inner).__name__}: give it that"
+        raise TypeError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}{around}"
+        )
     if any(hasattr(module, SLOT) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has a prefix attached already: prefixattn.detach(model)"

@@ -1,14 +1,18 @@
 """Attaching and detaching, the two policies, packing, and what is refused."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
+import prefixattn
 from prefixattn.prefix import Prefix
 
 P = 5
@@ -331,3 +335,61 @@ def test_a_short_mask_beside_a_cache(llama: Any, attach: Any) -> None:
     ids = llama.input_ids[:, :2]
     with pytest.raises(ValueError, match="attention_mask must cover the 11 cached and 2 new"):
         llama.model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+
+
+def test_a_deleted_model_leaves_nothing_behind(case: Callable[..., Any]) -> None:
+    given = case("llama")
+    prefixattn.attach(given.model, given.prefix())
+    config = weakref.ref(given.model.config)
+    del given
+    gc.collect()
+    assert config() is None
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "a compiled model": (
+        lambda m: prefixattn.attach(torch.compile(m), Prefix.random(m, 3)),
+        TypeError,
+        "got OptimizedModule around a LlamaForCausalLM",
+    ),
+    "prompt tuning of PEFT's, and a prefix": (
+        lambda m: prefixattn.attach(tuned(m, peft.PromptTuningConfig), Prefix.random(m, 3)),
+        ValueError,
+        r"prefix must be None .* \(PROMPT_TUNING\)",
+    ),
+    "no prefix": (lambda m: prefixattn.attach(m), TypeError, "prefix must be .* got none"),
+    "tokens that it does not know": (
+        lambda m: Prefix.from_text(m, torch.tensor([3, 97])),
+        ValueError,
+        r"input_ids must be in \[0, 97\), .* got 97",
+    ),
+    "negative tokens": (
+        lambda m: Prefix.from_text(m, torch.tensor([3, -1])),
+        ValueError,
+        r"input_ids must be in \[0, 97\), .* got -1",
+    ),
+    "more tokens than positions": (
+        lambda m: Prefix.from_text(gpt2(), torch.zeros(65, dtype=torch.long)),
+        ValueError,
+        "input_ids must hold at most 64 tokens, .* got 65",
+    ),
+}
+
+
+def tuned(model: Any, kind: Any) -> Any:
+    return peft.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+def gpt2() -> Any:
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+@pytest.mark.parametrize(("do", "kind", "said"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_input(llama: Any, do: Any, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        do(llama.model)
+
+
+def test_all_positions_can_be_a_prefix() -> None:
+    assert Prefix.from_text(gpt2(), torch.zeros(64, dtype=torch.long)).num_tokens == 64

@@ -315,7 +315,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
         lambda model, ids: model.generate_batch(
             ids.tolist(), generation_config=transformers.GenerationConfig(**GREEDY)
         ),
-        "prefixattn.* is not supported",
+        "has a prefix attached.*generate_batch",
     ),
 }
 
