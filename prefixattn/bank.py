@@ -122,7 +122,7 @@ class PrefixBank(PrefixSource):
 
         Names that are numbers come first, in their order.
         """
-        folders = {file.parent.name: file.parent for file in Path(path).glob(f"*/{CONFIG_FILE}")}
+        folders = _folders(path)
         if not folders:
             raise FileNotFoundError(f"no folder with a {CONFIG_FILE} in {path}")
         ordered = {name: folders[name] for name in sorted(folders, key=_order)}
@@ -199,9 +199,21 @@ class PrefixBank(PrefixSource):
         return self._ready
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write each member into a folder of its name below ``path``, as `from_folder` reads it."""
+        """Write each member into a folder of its name below ``path``, as `from_folder` reads it.
+
+        Raises:
+            ValueError: a member cannot be read.
+            FileExistsError: ``path`` holds members that this bank does not have, and which
+                `from_folder` would read with it.
+        """
         for message in self._broken.values():
             raise ValueError(message)
+        others = sorted(set(_folders(path)) - set(self.names))
+        if others:
+            raise FileExistsError(
+                f"{path} holds members that this bank does not have, {others}: remove them, or "
+                "save to another folder"
+            )
         for place, name in enumerate(self.names):
             folder, module = Path(path) / name, self._module(place)
             if module is not None:
@@ -419,6 +431,11 @@ class PrefixBank(PrefixSource):
     def _spread(self, pairs: Pairs) -> list[tuple[Tensor, Tensor] | None]:
         layers = [i for i, shape in enumerate(self._layer_shapes) if shape is not None]
         return spread(pairs, layers, len(self._layer_shapes))
+
+
+def _folders(path: str | Path) -> dict[str, Path]:
+    """The folders in ``path`` that hold a prefix, by name."""
+    return {file.parent.name: file.parent for file in Path(path).glob(f"*/{CONFIG_FILE}")}
 
 
 def _distinct(rows: Sequence[Entry]) -> list[Entry]:

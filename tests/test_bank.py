@@ -422,6 +422,13 @@ def test_a_file_that_is_damaged_from_the_start(folder: Path) -> None:
     assert not (folder / "new").exists()
 
 
+def test_a_bank_is_not_saved_over_a_larger_one(tmp_path: Path, members: list[Prefix]) -> None:
+    PrefixBank(members).save_pretrained(tmp_path)
+    PrefixBank(members).save_pretrained(tmp_path)
+    with pytest.raises(FileExistsError, match=r"members that this bank does not have, \['2'\]"):
+        PrefixBank(members[:2]).save_pretrained(tmp_path)
+
+
 def test_a_saved_bank_keeps_order_and_names(tmp_path: Path, folder: Path) -> None:
     many: list[Any] = [member(1 + i % 3) for i in range(11)]
     bank = PrefixBank([*many, folder / "a"])

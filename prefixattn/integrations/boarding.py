@@ -148,7 +148,7 @@ class Boarding:
 
     def embedding_hook(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
         """Have reentrant checkpointing run its backward: it asks its input for a gradient."""
-        if self._reentrant() and torch.is_grad_enabled() and not output.requires_grad:
+        if torch.is_grad_enabled() and not output.requires_grad and self._reentrant():
             output.requires_grad_(True)
 
     def _check_implementation(self, stack: PreTrainedModel) -> None:
