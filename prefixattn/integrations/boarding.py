@@ -31,6 +31,9 @@ class Source(Protocol):
     @property
     def trains(self) -> bool: ...
 
+    @property
+    def num_tokens(self) -> int: ...  # of its longest prefix now
+
 
 class Group(NamedTuple):
     """Layers that have their prefix from one source.
@@ -70,7 +73,7 @@ class Boarding:
         self.configs = configs
         self.places = Places(stack, all(s.causal for s in self.slots if not s.crosses))
         self.entries = [Entries() for _ in groups]
-        self.longest = [_tokens_at_hand(group.source) for group in groups]  # attach looks at those
+        self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.trains = any(group.source.trains for group in groups)  # when it was last seen
@@ -295,15 +298,6 @@ def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
             f"{type(stack).__name__} is asked for attention weights (`output_attentions`), which "
             "are never computed: detach() first"
         )
-
-
-def _tokens_at_hand(source: Any) -> int:
-    """Tokens of the longest prefix that a source has: a module by name, or PEFT's active one."""
-    source = getattr(source, "source", source)  # of all heads, where a rank has its own
-    name = getattr(source, "name", None)
-    if name is None:
-        return int(source.model.active_peft_config.num_virtual_tokens)
-    return int(source.model.get_submodule(name).num_tokens)
 
 
 def _cache_in(kwargs: dict[str, Any]) -> Any:

@@ -89,6 +89,12 @@ class Submodule:
         """Whether any of its parameters does."""
         return any(p.requires_grad for p in self.model.get_submodule(self.name).parameters())
 
+    @property
+    def num_tokens(self) -> int:
+        """``P`` of the submodule."""
+        prefix: Any = self.model.get_submodule(self.name)
+        return int(prefix.num_tokens)
+
 
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
     """See `prefixattn.attach`."""

@@ -177,6 +177,12 @@ class PeftSource:
         """Whether any adapter does."""
         return any(p.requires_grad for p in self.model.prompt_encoder.parameters())
 
+    @property
+    def num_tokens(self) -> int:
+        """``P`` of the active adapter; 0 if that is no prefix."""
+        active = self.active
+        return 0 if active is None else int(active.config.num_virtual_tokens)
+
     def _batch(
         self, adapters: list[Adapter], flats: list[Tensor], chosen: Sequence[str] | None
     ) -> PrefixBatch:

@@ -99,6 +99,11 @@ class OwnHeads:
         """Whether the source does."""
         return self.source.trains
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the source."""
+        return self.source.num_tokens
+
 
 def _own(tensors: Sequence[Tensor], dim: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
