@@ -28,7 +28,7 @@ OVER := $(TRITONS:%=triton-%) $(TRANSFORMERS:%=transformers-%)
 # What some users train with, and what they load bases of few bits by; with what these need.
 MORE := trl datasets deepspeed torchao bitsandbytes optimum-quanto optimum aiohappyeyeballs aiohttp \
     aiosignal attrs dill einops frozenlist hjson httpcore httpx msgpack multidict multiprocess pandas \
-    propcache py-cpuinfo pyarrow pytz setuptools xxhash yarl
+    propcache py-cpuinfo pyarrow pytz scipy setuptools xxhash yarl
 .PHONY: $(TRITON_TESTS) $(TRANSFORMERS_TESTS)
 # The interpreter of Triton 3.6 fails with numpy 2.4.
 WITH_triton-3.6.0 := numpy==2.3.5
@@ -108,8 +108,8 @@ bench-gpu:
 	@$(ON_GPU) .ci/check_gpu.py safetensors rich typer transformers
 	@$(ON_GPU) -m prefixattn.bench --device cuda $(ARGS)
 
-families: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/zoo/run.py --workers $(WORKERS) $(ARGS)
+families: $(VENV)/more/.installed
+	@OMP_NUM_THREADS=1 $(<D)/bin/python tests/zoo/run.py --workers $(WORKERS) $(ARGS)
 
 test-peft: $(STAMP)
 	@$(BIN)/python tests/peft/run.py --workers $(WORKERS) $(ARGS)

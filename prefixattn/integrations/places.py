@@ -305,10 +305,12 @@ def _table_size(stack: PreTrainedModel) -> int | None:
 
 
 def known_positions(model: nn.Module) -> int | None:
-    """How many tokens every stack of ``model`` has places for in its table, where it has one."""
+    """How many tokens every text stack of ``model`` has places for, where it has a table of them."""
     found = []
     for stack in model.modules():
-        if isinstance(stack, PreTrainedModel) and (size := _table_size(stack)) is not None:
+        if not isinstance(stack, PreTrainedModel) or stack.main_input_name != "input_ids":
+            continue  # a tower has places for its patches
+        if (size := _table_size(stack)) is not None:
             numbering = _numbering(stack)
             found.append(size - (0 if numbering is None else numbering.first))
     return min(found, default=None)

@@ -391,5 +391,19 @@ def test_wrong_input(llama: Any, do: Any, kind: type[Exception], said: str) -> N
         do(llama.model)
 
 
+def test_places_for_patches_are_none_for_text() -> None:
+    """A tower's table ends early (here at 4 patches)."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = sizes | {"intermediate_size": 48, "image_size": 32, "patch_size": 16}
+    side = sizes | {"intermediate_size": 48, "vocab_size": 97, "model_type": "llama"}
+    config = transformers.LlavaConfig(
+        vision_config=tower | {"model_type": "siglip_vision_model"},
+        text_config=side | {"pad_token_id": None},
+        image_token_index=96,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    assert Prefix.from_text(model, torch.zeros(9, dtype=torch.long)).num_tokens == 9
+
+
 def test_all_positions_can_be_a_prefix() -> None:
     assert Prefix.from_text(gpt2(), torch.zeros(64, dtype=torch.long)).num_tokens == 64

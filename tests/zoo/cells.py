@@ -1,6 +1,7 @@
 """One row of the table: what each situation comes to for one family."""
 
 import copy
+import re
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ import prefixattn
 
 from . import causal, encoder, encoder_decoder
 from .families import Family, build
+from .overrides import UNTRIED
 from .specimen import RefusedError, Situation, Specimen, UnavailableError
 from .table import WHOLE
 
@@ -44,8 +46,16 @@ def examine(
     family: Family, without: Collection[str] = (), **changes: Any
 ) -> Iterator[tuple[str, str]]:
     """Each cell of a family's row as soon as it is known, ``without`` some situations."""
+    if family.name in UNTRIED:
+        yield WHOLE, f"n/a: {UNTRIED[family.name]}"
+        return
     try:
         s = specimen_of(family, **changes)
+    except ImportError as error:
+        missing = re.search(r"the (\S+) library|No module named '(\S+)'", str(error))
+        name = next(filter(None, missing.groups()), "a library") if missing else "a library"
+        yield WHOLE, f"n/a: needs {name}, which was not installed"
+        return
     except Exception as error:
         yield WHOLE, f"n/a: not built: {type(error).__name__}: {error}"[:200]
         return

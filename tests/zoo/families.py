@@ -153,7 +153,7 @@ def build(family: Family, auto: Any = None, **changes: Any) -> Any:
     auto = auto or _auto(family)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
-    if size > 2e7:
+    if size > 3e7:
         raise ValueError(f"{family.name} is not tiny yet: {size} parameters")
     model = auto.from_config(config, experts_implementation="eager").eval()
     if family.name not in SINGLE_PRECISION:

@@ -5,6 +5,7 @@ import importlib.util
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from .specimen import PAD, P, Specimen, UnavailableError, first, padded
@@ -116,9 +117,33 @@ def offloaded_cache(s: Specimen) -> str | None:
 
 
 def quantized_cache(s: Specimen) -> str | None:
-    backend = "quanto" if "optimum" in QUANTIZERS else "hqq"
-    config = {"backend": backend, "nbits": 4, "residual_length": 64}
-    return generates(s, cache_implementation="quantized", cache_config=config)
+    """The input loses what the stock model's loses behind a text that is kept whole."""
+    check_generate(s)
+
+    def tokens(model: Any, inputs: dict[str, Any], whole: int) -> Tensor:
+        backend = "quanto" if "optimum" in QUANTIZERS else "hqq"
+        config = model.config.get_text_config(decoder=True)
+        few = {"nbits": 4, "q_group_size": 8, "residual_length": 4, "axis_key": 0, "axis_value": 0}
+        cache = transformers.QuantizedCache(backend, config, **few)
+        for layer in cache.layers:
+            _keep_whole(layer, whole)
+        return generated(model, inputs, past_key_values=cache)
+
+    truth = s.ask_behind(lambda m: tokens(m, s.inputs_behind(m), P))
+    return None if torch.equal(tokens(s.attached(), s.inputs, 0), truth) else "other tokens"
+
+
+def _keep_whole(layer: Any, count: int) -> None:
+    """Have the cache's layer keep its first tokens as they are."""
+    coarse, fine = layer._quantize, layer._dequantize
+
+    def quantize(states: Tensor, axis: int) -> Any:
+        return states[:, :, :count], coarse(states[:, :, count:].contiguous(), axis)
+
+    def dequantize(kept: Any) -> Tensor:
+        return torch.cat([kept[0], fine(kept[1])], dim=2)
+
+    layer._quantize, layer._dequantize = quantize, dequantize
 
 
 def beams(s: Specimen) -> str | None:

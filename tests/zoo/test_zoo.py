@@ -31,7 +31,7 @@ PROMISED = [
 ]
 SLOW = {"compile"}
 # A chunk of the text cannot be told from a caller's mask, once a prefix counts as text.
-REFUSED = {("llama4_text", "packed"), ("llama4_text", "4D mask")}
+REFUSED = {("llama4_text", "4D mask")}
 
 
 @pytest.fixture(autouse=True)
