@@ -305,7 +305,7 @@ def _table_size(stack: PreTrainedModel) -> int | None:
 
 
 def known_positions(model: nn.Module) -> int | None:
-    """How many tokens every text stack of ``model`` has places for, where it has a table of them."""
+    """How many tokens every text stack of ``model`` has places for, where it has a table."""
     found = []
     for stack in model.modules():
         if not isinstance(stack, PreTrainedModel) or stack.main_input_name != "input_ids":
