@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 DOCS = Path(__file__).parent
@@ -21,6 +22,7 @@ ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks/results"
 CPU, METHODS = "cpu-zen4-2cores.jsonl", "methods-zen4-2cores.jsonl"
 SERVING = "serving-zen4-2cores.json"
+DEMO, CARTRIDGE = "demo-cpu-zen4-2cores.json", "cartridge-zen4-2cores.json"
 PART = re.compile(r"(<!-- made: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -107,6 +109,86 @@ def serving() -> str:
     return f"{_origin(path)}\n\n{head}\n\n{markdown(found['rows'])}"
 
 
+def demo() -> str:
+    """What `make demo` prints of its three ways of tuning."""
+    found = json.loads((RESULTS / DEMO).read_text())
+    ways, counts, machine = found["ways"], found["counts"], found["machine"]
+    last = len(ways["PEFT"]["losses"])
+
+    def row(label: str, before: str, of: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {label} | {before} | {' | '.join(of(way) for way in ways.values())} |"
+
+    farthest = max(found["loss_difference"].values())
+    return "\n".join(
+        [
+            f"{_origin(RESULTS / DEMO)} {machine['processor']}, {machine['threads']} threads, "
+            f"torch {machine['torch']}, commit {machine['commit']}; "
+            f"{sum(found['seconds'].values()):.0f} s once its packages were installed. A base of "
+            f"{counts['base_parameters']:,} parameters, {counts['prefix_tokens']} prefix tokens, "
+            f"{last} steps, seed {found['settings']['seed']}; memory and time vary with the "
+            "machine's mood.",
+            "",
+            f"| | before | {' | '.join(name.replace('PEFT', 'stock PEFT') for name in ways)} |",
+            "|---|--:|" + "--:|" * len(ways),
+            row(f"training loss, step {last}", "", lambda way: f"{way['losses'][-1]:.6f}"),
+            row(
+                "held-out loss",
+                f"{found['base_loss']:.3f}",
+                lambda way: f"{way['held_out'][str(last)]:.3f}",
+            ),
+            row(
+                "held-out ROUGE-L F1",
+                f"{found['base_overlap']:.1%}",
+                lambda way: f"{way['overlap']:.1%}",
+            ),
+            row("median time of a step", "", lambda way: f"{1e3 * way['seconds']:.0f} ms"),
+            row("peak memory from training", "", lambda way: f"{way['memory_growth']:.0f} MiB"),
+            "",
+            f"The three losses stay within {farthest:.1e} of each other at every step.",
+        ]
+    )
+
+
+def cartridge() -> str:
+    """What the runs of `examples/cartridge.py` came to, over questions that were not studied."""
+    found = json.loads((RESULTS / CARTRIDGE).read_text())
+    runs = found["runs"]
+    columns = {
+        "no context": "no context",
+        "untrained start": "start",
+        "cartridge": "cartridge",
+        "whole document": "document",
+    }
+
+    def row(label: str, field: str, shown: Callable[[float], str]) -> str:
+        cells = []
+        for column in columns.values():
+            scores = [run["scores"][column]["questions"][field] for run in runs]
+            if column == "document":
+                cells.append(shown(scores[0]))
+            else:
+                middle, low, high = mean(scores), min(scores), max(scores)
+                cells.append(f"{shown(middle)} ({shown(low)} to {shown(high)})")
+        return f"| {label} | {' | '.join(cells)} |"
+
+    documents = len({run["document"] for run in runs})
+    token = sum(runs[0]["layer_bytes"])  # bytes of keys and values
+    kept = token * found["settings"]["tokens"] / found["settings"]["document_tokens"]
+    return "\n".join(
+        [
+            f"{_origin(RESULTS / CARTRIDGE)} {documents} documents, {len(runs)} runs, the mean and "
+            "the least and largest.",
+            "",
+            f"| | {' | '.join(columns)} |",
+            "|---|" + "--:|" * len(columns),
+            row("KL divergence from the document's", "divergence", lambda x: f"{x:.3f}"),
+            row("the same likeliest token", "agreement", lambda x: f"{x:.0%}"),
+            f"| keys and values, bytes a document token | 0 | {kept:.0f} | {kept:.0f} | "
+            f"{token:,} |",
+        ]
+    )
+
+
 def scaling() -> str:
     """What many GPUs would cost, on paper."""
     from benchmarks.scaling import markdown
@@ -127,6 +209,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "scaling": scaling,
     "serving": serving,
+    "demo": demo,
+    "cartridge": cartridge,
 }
 
 

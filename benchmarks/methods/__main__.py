@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.methods.cell import Place, Sizes
-from benchmarks.methods.grid import Grid, measure, one_thread
+from benchmarks.methods.grid import FIELDS, Grid, measure, one_thread
 from benchmarks.methods.report import table
 from benchmarks.methods.ways import METHODS
 from prefixattn.bench import machine
@@ -41,7 +41,7 @@ QUICK_HELD_OUT = 8
 
 
 def main(
-    method: Annotated[list[str] | None, typer.Option(help=f"Any of: {', '.join(METHODS)}.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Any of: {'; '.join(METHODS)}.")] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"Any of: {', '.join(BUILDERS)}.")] = None,
     seeds: Annotated[int, typer.Option(help="How many.", min=1)] = 3,
     quick: Annotated[
@@ -65,7 +65,10 @@ def main(
     """Train every method on every task, from few examples and from more, and compare."""
     console, errors = Console(), Console(stderr=True)
     if show is not None:
-        records = read(show)
+        try:
+            records = read(show, FIELDS)
+        except (ValueError, OSError) as error:
+            raise typer.BadParameter(str(error)) from None
         typer.echo(table(records))
         if pictures is not None:
             from benchmarks.methods import plots
@@ -83,7 +86,10 @@ def main(
         raise typer.BadParameter(str(error)) from None
     sizes = Sizes(**asdict(QUICK_SIZES) | {"held_out": QUICK_HELD_OUT}) if quick else Sizes()
     one_thread()
-    writer = Writer(out)
+    try:
+        writer = Writer(out)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
     check(writer, sizes)
     command = shlex.join(["python", "-m", "benchmarks.methods", *sys.argv[1:]])
     header = {"kind": "run", "run": len(runs_of(writer.records)), "sizes": asdict(sizes)}
@@ -143,5 +149,8 @@ def describe(row: Record) -> str:
     return f"{row['task']}, {row['method']}, {row['examples']} examples"
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -93,8 +93,7 @@ def fit(
     The curve holds steps, seconds of training alone, and the validation loss.
     """
     parameters = ready.parameters()
-    groups = [{"params": group, "lr": rate * share} for group, share in ready.groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = _optimizer(ready, rate)
     schedule = LambdaLR(optimizer, lambda step: warm_then_fall(step, len(batches)))
     best, kept = mean_loss(ready.model, watched), _copies(parameters)
     curve, seconds = [(0, 0.0, best)], []
@@ -115,6 +114,11 @@ def fit(
         for parameter, copy in zip(parameters, kept, strict=True):
             parameter.copy_(copy)
     return {"validation": best, "curve": curve, "step": median(seconds)}
+
+
+def _optimizer(ready: Ready, rate: float) -> torch.optim.Optimizer:
+    groups = [{"params": group, "lr": rate * share} for group, share in ready.groups]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def _step(ready: Ready, batch: Batch) -> None:
@@ -139,14 +143,25 @@ def saved_bytes(ready: Ready) -> int:
 def _memory(
     ready: Ready, train: Sequence[Example], tokenizer: PreTrainedTokenizerFast, sizes: Sizes
 ) -> dict[str, int | None]:
-    """The peak of a step over the longest examples, beyond the model and its gradients."""
+    """The peak of a step over the longest examples, beyond the model.
+
+    Gradients and the optimizer's state are in it: they are what few parameters save.
+    """
     if not ready.groups:
         return {"peak": None}
     longest = sorted(train, key=lambda example: example.num_tokens)[-sizes.batch :]
     batch = training_batch(longest, _pad(tokenizer))
     ready.model.train()
-    _step(ready, batch)  # the gradients stay
-    return {"peak": peak_memory(lambda: _step(ready, batch), "cpu")}
+    _step(ready, batch)  # what libraries keep after their first call is no step's
+    ready.model.zero_grad()
+
+    def step() -> object:
+        optimizer = _optimizer(ready, rate=1e-4)
+        _step(ready, batch)
+        optimizer.step()
+        return optimizer
+
+    return {"peak": peak_memory(step, "cpu")}
 
 
 def _start(train: Sequence[Example], place: Place, seed: int) -> Start:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -35,7 +35,7 @@ class Grid:
         """Refuse what is not there (ValueError)."""
         for name, got, known in (("method", self.methods, METHODS), ("task", self.tasks, BUILDERS)):
             if wrong := set(got) - set(known):
-                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {wrong}")
+                raise ValueError(f"{name}: expected some of {_quoted(known)}; got {_quoted(wrong)}")
 
     def for_rates(self, rows: Sequence[Record]) -> list[Cell]:
         """The cells that choose rates, from a middling number of examples."""
@@ -57,6 +57,11 @@ class Grid:
     def num_cells(self, rows: Sequence[Record]) -> int:
         """Cells of both kinds, as far as these rows tell."""
         return len(self.for_rates(rows)) + len(self.for_scores(rows))
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """Names that may hold commas."""
+    return ", ".join(repr(name) for name in sorted(names))
 
 
 def tried_rates(rows: Sequence[Record], method: str, task: str) -> dict[float, float]:
@@ -89,7 +94,7 @@ def chosen_rate(rows: Sequence[Record], method: str, task: str) -> float:
 
 def measure(grid: Grid, place: Place, writer: Writer, workers: int) -> Iterator[Record]:
     """Yields each new row. An interruption leaves what was written before."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
     try:
         while todo := to_do(grid, rows_of(writer.records)):
             futures: list[Future[dict[str, Any]]] = [pool.submit(run, c, place) for c in todo]
@@ -110,9 +115,14 @@ def to_do(grid: Grid, rows: Sequence[Record]) -> list[Cell]:
     return missing(grid.for_rates(rows)) or missing(grid.for_scores(rows))
 
 
-def one_thread() -> None:
+def start_worker() -> None:
     """What each worker begins with; Ctrl-C is the parent's to hear."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    one_thread()
+
+
+def one_thread() -> None:
+    """One thread of arithmetic, and no words of transformers."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ app = typer.Typer(
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a GPU if any")]
 Suites = Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(SUITES)}.")]
-Shapes = Annotated[list[str] | None, typer.Option(help="Only shapes of these names: see `list`.")]
+Shapes = Annotated[list[str] | None, typer.Option(help="Only these shapes or models: see `list`.")]
 Providers = Annotated[list[str] | None, typer.Option(help="Only these, and the floor.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all", min=1)]
 
@@ -124,6 +125,8 @@ def _plan(rounds: int | None, seconds: float | None) -> Plan | None:
     if rounds is None and seconds is None:
         return None
     default = Plan()
+    if seconds is not None and not isfinite(seconds):
+        raise typer.BadParameter(f"--seconds: expected a number of seconds, got {seconds}")
     return Plan(rounds or default.rounds, default.seconds if seconds is None else seconds)
 
 
@@ -224,6 +227,8 @@ def markdown(
     from prefixattn.bench.figures import table
 
     try:
+        for name in suite or ():
+            cases(name, "cpu")  # it names the known ones
         found = records.read(results, records.FIELDS)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from prefixattn.bench.providers import FLOOR, OURS, PROVIDERS
 from prefixattn.bench.records import Record, rows_of, timed
 
+MEBIBYTE = 2**20
+BY_PEAK = ("memory",)  # suites whose point is what calls take, and not how long
+PEAK_WORDS = "MiB at the peak of a call, beyond its inputs"
+
 
 def caption(records: Sequence[Record]) -> str:
     """The machine of most rows, with its last run's versions and commit, and other machines."""
@@ -54,10 +58,14 @@ def table(records: Sequence[Record], suites: Sequence[str]) -> str:
     """A table for each suite that has rows: milliseconds of the best of ours, and the others.
 
     These are how many times as long they take. The columns are the providers that took any case of
-    the suite; a wrong one is named so, and a blank has its reason in the file.
+    the suite; a wrong one is named so, and a blank has its reason in the file. A suite of `BY_PEAK`
+    has a second table, of what each call takes at its peak.
     """
     found = {suite: rows_of(records, suite) for suite in suites}
-    parts = [_suite(suite, rows) for suite, rows in found.items() if rows]
+    parts = []
+    for suite, rows in found.items():
+        parts += [_suite(suite, rows)] if rows else []
+        parts += [_peaks(suite, rows)] if rows and suite in BY_PEAK else []
     return "\n\n".join([caption(records), *parts, f"{FLOOR}: the same without a prefix."])
 
 
@@ -82,6 +90,29 @@ def _suite(suite: str, rows: Sequence[Record]) -> str:
         shown = [case, chosen[0]["passes"], time, *(cells.get(name, "") for name in others)]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def _peaks(suite: str, rows: Sequence[Record]) -> str:
+    """MiB beyond the inputs, of every provider that took a case."""
+    names = tried(rows)
+    lines = [
+        f"**{suite}**, {PEAK_WORDS}",
+        "",
+        f"| shape | pass | {' | '.join(names)} |",
+        "|---|---|" + "--:|" * len(names),
+    ]
+    for case, chosen in by_case(rows).items():
+        cells = {row["provider"]: peak_words(row) for row in chosen}
+        shown = [case, chosen[0]["passes"], *(cells.get(name, "") for name in names)]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def peak_words(row: Record) -> str:
+    """A timed row's peak in MiB; the state of one that is wrong or failed; else nothing."""
+    if row["state"] != "timed":
+        return "" if row["state"] == "unsupported" else str(row["state"])
+    return "" if row["peak"] is None else f"{row['peak'] / MEBIBYTE:.1f}"
 
 
 def _cell(row: Record, mine: Record | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from prefixattn.bench.figures import MEBIBYTE
 from prefixattn.bench.providers import FLOOR, OURS, PROVIDERS
 from prefixattn.bench.records import Record, timed
 
@@ -11,7 +12,6 @@ AXES = {"P": "prefix tokens", "M": "tokens a row", "B": "rows", "R": "different 
 PASSES = {"fwd+bwd": "training step", "fwd": "decoding"}
 # One point of a curve by provider: its row.
 Point = dict[str, Record]
-MEBIBYTE = 2**20
 
 
 def curve(rows: Sequence[Record], axis: str, passes: str) -> dict[int, Point]:

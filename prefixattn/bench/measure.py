@@ -1,4 +1,4 @@
-"""How long a call takes, how much memory, and what this machine could do at best."""
+"""How long a call takes, how much memory, and what torch's own product and copy reach here."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _highest_resident() -> int:
 
 
 class Rates(NamedTuple):
-    """What this machine does at best: FLOP/s of a square product, bytes/s of a copy."""
+    """What torch reaches on this machine: FLOP/s of a square product, bytes/s of a copy."""
 
     matmul: float
     copy: float

@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from prefixattn.bench import growth, plots
-from prefixattn.bench.figures import best_of_ours, by_case, caption, tried
+from prefixattn.bench.figures import best_of_ours, by_case, caption, peak_words, tried
 from prefixattn.bench.providers import FLOOR, OURS
 from prefixattn.bench.records import Record, rows_of, runs_of, timed
 from prefixattn.bench.shapes import SUITES, UNITS
@@ -43,7 +43,10 @@ def pictures(records: Sequence[Record]) -> Iterator[tuple[str, str, Figure]]:
         name = f"growth-{'training' if passes == 'fwd+bwd' else 'decoding'}"
         yield name, f"time and memory as one size grows, {growth.PASSES[passes]}", figure
     if timed(rows):
-        words = "operations a second of every timed row under the rates measured in the same run"
+        words = (
+            "operations a second of every timed row; the lines are what torch's own matrix product "
+            "and copy reached in the same run"
+        )
         yield "roofline", words, plots.roofline(rows)
 
 
@@ -155,7 +158,7 @@ def _ours(mine: Record | None) -> str:
     if mine is None:
         return "<td></td>" * 3
     parts = (f"{100 * mine['of_matmul']:.0f}", f"{100 * mine['of_copy']:.0f}")
-    peak = "" if mine["peak"] is None else f"{mine['peak'] / growth.MEBIBYTE:.1f}"
+    peak = peak_words(mine)
     return "".join(f"<td>{part}</td>" for part in (*parts, peak))
 
 

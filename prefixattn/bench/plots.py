@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from prefixattn.bench.figures import by_case, tried
-from prefixattn.bench.growth import AXES, MEBIBYTE, PASSES, curve
+from prefixattn.bench.figures import MEBIBYTE, by_case, tried
+from prefixattn.bench.growth import AXES, PASSES, curve
 from prefixattn.bench.providers import FLOOR, OURS, PROVIDERS
 from prefixattn.bench.records import Record, timed
 
@@ -134,7 +134,7 @@ def _legend(figure: Figure, names: Sequence[str]) -> None:
 
 
 def roofline(rows: Sequence[Record]) -> Figure:
-    """FLOP/s over FLOP/byte under what this machine does at best, a panel for each dtype."""
+    """FLOP/s over FLOP/byte beside what torch's own product and copy reach, a panel per dtype."""
     rows = timed(rows)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(5.6 * max(1, len(dtypes)), 4.8), layout="constrained")
@@ -161,12 +161,12 @@ def roofline(rows: Sequence[Record]) -> Figure:
 
 
 def _roof(place: Axes, rates: dict[str, float], low: float, high: float) -> None:
-    """The measured copy rate up to where the measured matrix product takes over."""
+    """Torch's copy up to where its matrix product takes over, as measured: no limits of nature."""
     ridge = rates["matmul"] / rates["copy"]
     xs = [min(low, ridge) / 2, ridge, max(high, ridge) * 2]
     place.plot(xs, [min(rates["matmul"], x * rates["copy"]) for x in xs], color="#1c1917", lw=1.4)
     place.text(xs[2], 1.15 * rates["matmul"], _flops(rates["matmul"]), ha="right", fontsize=8)
-    words = f"copy: {rates['copy'] / 1e9:.3g} GB/s"
+    words = f"torch's copy: {rates['copy'] / 1e9:.3g} GB/s"
     box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
     place.text(1.5 * xs[0], 0.9 * xs[0] * rates["copy"], words, fontsize=8, bbox=box, zorder=4)
     place.set_xscale("log")
@@ -180,4 +180,4 @@ def _roof(place: Axes, rates: dict[str, float], low: float, high: float) -> None
 
 def _flops(rate: float) -> str:
     scale, unit = (1e12, "TFLOP/s") if rate >= 1e12 else (1e9, "GFLOP/s")
-    return f"matmul: {rate / scale:.3g} {unit}"
+    return f"torch's matmul: {rate / scale:.3g} {unit}"

@@ -56,7 +56,7 @@ def read(path: Path, fields: Sequence[str] = ()) -> list[Record]:
         wanted = () if not fields else HEADER if record["kind"] == "run" else fields
         if missing := [name for name in wanted if name not in record]:
             raise ValueError(
-                f"{path}:{number}: expected a results file of `prefixattn bench`, whose "
+                f"{path}:{number}: expected a results file of another benchmark, whose "
                 f"{record['kind']}s have {', '.join(missing)}"
             )
         found.append(record)

@@ -52,11 +52,11 @@ class Selection:
         if unknown := set(self.providers) - set(self.known):
             raise ValueError(_unknown("provider", unknown, self.known))
         every = [case for suite in self.suites for case in cases(suite, self.device)]
-        names = [case.name for case in every] + [case.shape.name for case in every]
-        if unknown := set(self.shapes) - set(names):
-            raise ValueError(_unknown("shape", unknown, dict.fromkeys(names)))
+        names = dict.fromkeys(name for case in every for name in _names(case))
+        if unknown := set(self.shapes) - names.keys():
+            raise ValueError(_unknown("shape", unknown, names))
         chosen = set(self.shapes)
-        return [c for c in every if not chosen or {c.name, c.shape.name} & chosen]
+        return [c for c in every if not chosen or set(_names(c)) & chosen]
 
     def of(self, case: Case) -> dict[str, Provider]:
         """The providers of a case; the floor is always among them."""
@@ -68,6 +68,11 @@ class Selection:
         if case.suite == "quick" and provider in SLOW_TO_START and provider not in self.providers:
             return "left out of the quick suite, for it compiles: name it by --provider"
         return ""
+
+
+def _names(case: Case) -> tuple[str, str, str]:
+    """What a case may be chosen by."""
+    return case.name, case.shape.name, case.shape.model
 
 
 def _unknown(argument: str, got: set[str], known: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -13,21 +13,26 @@ from rich.table import Table
 from rich.text import Text
 
 from prefixattn.bench.comparison import Verdict
-from prefixattn.bench.figures import by_case, tried
+from prefixattn.bench.figures import BY_PEAK, PEAK_WORDS, by_case, peak_words, tried
 from prefixattn.bench.providers import FLOOR
 from prefixattn.bench.records import Record, timed
 from prefixattn.bench.targets import Target
 
 STYLES = {"slower": "bold red", "lost": "bold red", "faster": "green"}
 UNBOUNDED = 10_000
+TIME_WORDS = "milliseconds a call (blank: the results file has the reason)"
+# What is shown of each provider of a case, from the rows of it.
+Cells = Callable[[Sequence[Record]], dict[str, str]]
 
 
 def of_rows(rows: Sequence[Record], suites: Sequence[str]) -> Iterator[_Fitting]:
-    """Each suite that has rows: milliseconds, the best of a case in bold."""
+    """Each suite that has rows: milliseconds, the best of a case in bold; of some the peaks too."""
     for suite in suites:
         chosen = [row for row in rows if row["suite"] == suite]
         if chosen:
-            yield _Fitting(_matrix(suite, chosen), _blocks(suite, chosen))
+            yield _fitting(f"{suite}: {TIME_WORDS}", chosen, _times)
+        if chosen and suite in BY_PEAK:
+            yield _fitting(f"{suite}: {PEAK_WORDS}", chosen, _peaks)
 
 
 @dataclass(frozen=True)
@@ -43,36 +48,39 @@ class _Fitting:
         yield self.wide if wanted <= options.max_width else self.narrow
 
 
-def _title(suite: str) -> str:
-    return f"{suite}: milliseconds a call (blank: the results file has the reason)"
+def _fitting(title: str, rows: Sequence[Record], cells: Cells) -> _Fitting:
+    return _Fitting(_matrix(title, rows, cells), _blocks(title, rows, cells))
 
 
-def _matrix(suite: str, rows: Sequence[Record]) -> Table:
+def _matrix(title: str, rows: Sequence[Record], of: Cells) -> Table:
     """A line for each case, a column for each provider."""
     names = tried(rows)
-    table = Table(title=_title(suite), box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for heading in ("shape", "pass"):
         table.add_column(heading, no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for case, chosen in by_case(rows).items():
-        cells = _cells(chosen)
+        cells = of(chosen)
         table.add_row(case, chosen[0]["passes"], *(cells.get(name, "") for name in names))
     return table
 
 
-def _blocks(suite: str, rows: Sequence[Record]) -> Group:
+def _blocks(title: str, rows: Sequence[Record], of: Cells) -> Group:
     """The providers of each case in as many columns as there is room for."""
-    parts: list[RenderableType] = [f"[italic]{_title(suite)}"]
+    parts: list[RenderableType] = [f"[italic]{title}"]
     for case, chosen in by_case(rows).items():
-        cells = [f"{name} {cell}" for name, cell in _cells(chosen).items() if cell]
+        cells = [f"{name} {cell}" for name, cell in of(chosen).items() if cell]
         columns = Columns(cells, padding=(0, 3))
         parts += [Text(f"{case}  {chosen[0]['passes']}", "bold"), Padding(columns, (0, 0, 1, 2))]
     return Group(*parts)
 
 
-def _cells(rows: Sequence[Record]) -> dict[str, str]:
-    """What is shown of each provider of a case."""
+def _peaks(rows: Sequence[Record]) -> dict[str, str]:
+    return {row["provider"]: peak_words(row) for row in rows}
+
+
+def _times(rows: Sequence[Record]) -> dict[str, str]:
     times = [row["ms"][0] for row in timed(rows) if row["provider"] != FLOOR]
     best = min(times, default=0.0)
     return {row["provider"]: _cell(row, best) for row in rows}

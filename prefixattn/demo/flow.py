@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from prefixattn import Prefix
+from prefixattn.bench.machine import facts
 from prefixattn.checkpoints.peft import save_peft
 from prefixattn.demo.base import cached_base, cached_tokenizer, load_base
 from prefixattn.demo.memory import Memory, measure_together
@@ -198,6 +199,7 @@ def _findings(
     with stage.part("our adapter in PEFT", None):
         gap, size = _reload(runs[OURS].model, base, settings.output, task.held_out_batches[0])
     return Findings(
+        machine=facts("cpu", f"prefixattn demo --seed {settings.seed}"),
         settings=json.loads(json.dumps(asdict(settings), default=str)),
         counts={**_counts(plain, runs[OURS].model), **task.counts, "answered": len(answered)},
         base_loss=mean_loss(plain, task.held_out_batches),

@@ -50,6 +50,7 @@ class Findings:
     """Everything the demo measured.
 
     Attributes:
+        machine: where it ran, the versions, the commit and the command.
         settings: the run's settings.
         counts: sizes of the text, the model and the prefix.
         base_loss, base_overlap: on the held-out functions, without any prefix.
@@ -64,6 +65,7 @@ class Findings:
         seconds: wall-clock time by part of the demo.
     """
 
+    machine: dict[str, Any]
     settings: dict[str, Any]
     counts: dict[str, int]
     base_loss: float

@@ -304,16 +304,30 @@ def _table_size(stack: PreTrainedModel) -> int | None:
     return len(sines) if isinstance(sines, Tensor) and sines.ndim == 2 else None
 
 
-def known_positions(model: nn.Module) -> int | None:
-    """How many tokens every text stack of ``model`` has places for, where it has a table."""
+def known_positions(model: nn.Module, tokens: nn.Module | None) -> int | None:
+    """How many tokens every stack of ``model`` has places for, where it has a table of them.
+
+    Args:
+        model: the model.
+        tokens: what embeds its tokens: a stack without it is a tower, with places for patches.
+    """
     found = []
     for stack in model.modules():
-        if not isinstance(stack, PreTrainedModel) or stack.main_input_name != "input_ids":
-            continue  # a tower has places for its patches
+        if not isinstance(stack, PreTrainedModel) or not _embeds(stack, tokens):
+            continue
         if (size := _table_size(stack)) is not None:
             numbering = _numbering(stack)
             found.append(size - (0 if numbering is None else numbering.first))
     return min(found, default=None)
+
+
+def _embeds(stack: PreTrainedModel, tokens: nn.Module | None) -> bool:
+    """Whether the stack itself, and no other model inside it, embeds tokens."""
+    weight = getattr(tokens, "weight", None)  # which several modules may share
+    return weight is not None and any(
+        isinstance(module, nn.Embedding) and module.weight is weight
+        for _, module in _own_modules(stack)
+    )
 
 
 def _turning_size(stack: PreTrainedModel) -> int | None:

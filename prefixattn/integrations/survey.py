@@ -139,7 +139,7 @@ def _check_tokens(model: PreTrainedModel, ids: Tensor, vocabulary: int | None) -
             f"input_ids must be in [0, {vocabulary}), which {type(model).__name__} embeds, got "
             f"{low if low < 0 else high}"
         )
-    known = known_positions(model)
+    known = known_positions(model, input_embeddings(model))
     if known is not None and ids.shape[1] > known:
         raise ValueError(
             f"input_ids must hold at most {known} tokens, for which {type(model).__name__} has "

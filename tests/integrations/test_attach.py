@@ -391,13 +391,14 @@ def test_wrong_input(llama: Any, do: Any, kind: type[Exception], said: str) -> N
         do(llama.model)
 
 
-def test_places_for_patches_are_none_for_text() -> None:
-    """A tower's table ends early (here at 4 patches)."""
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "idefics3_vision"])
+def test_places_for_patches_are_none_for_text(kind: str) -> None:
+    """A tower's table ends early (here at 4 patches), whatever it says that it takes."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     tower = sizes | {"intermediate_size": 48, "image_size": 32, "patch_size": 16}
     side = sizes | {"intermediate_size": 48, "vocab_size": 97, "model_type": "llama"}
     config = transformers.LlavaConfig(
-        vision_config=tower | {"model_type": "siglip_vision_model"},
+        vision_config=tower | {"model_type": kind},
         text_config=side | {"pad_token_id": None},
         image_token_index=96,
     )

@@ -94,10 +94,7 @@ def _mark(family: str, situation: str, cell: str, notes: dict[str, str]) -> str:
 
 def _wholes(rows: Rows) -> list[str]:
     """The families that no situation was run with."""
-    found: dict[str, dict[str, list[str]]] = {
-        "refused": defaultdict(list),
-        "n/a": defaultdict(list),
-    }
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for family, cells in sorted(rows.items()):
         if WHOLE in cells:
             state, _, reason = cells[WHOLE].partition(": ")
