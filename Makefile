@@ -219,7 +219,7 @@ $(DOCS_STAMP): $(STAMP)
 	@echo "installing mkdocs into $(@D)"
 	@rm -rf $(@D); $(BIN)/python -m venv --without-pip $(@D)
 	@$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check \
-	    -c constraints.txt mkdocs-material mkdocstrings-python
+	    -c constraints.txt mkdocs-material mkdocstrings-python ruff
 	@touch $@
 
 clean:

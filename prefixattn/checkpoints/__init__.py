@@ -1,6 +1,6 @@
 """Prefixes in the files of other libraries: PEFT, AdapterHub, Cartridges, P-tuning v2."""
 
 from prefixattn.checkpoints.peft import load_peft, save_peft
-from prefixattn.checkpoints.registry import FORMATS, convert, load, recognise, save
+from prefixattn.checkpoints.registry import FORMATS, Format, convert, load, recognise, save
 
-__all__ = ["FORMATS", "convert", "load", "load_peft", "recognise", "save", "save_peft"]
+__all__ = ["FORMATS", "Format", "convert", "load", "load_peft", "recognise", "save", "save_peft"]
