@@ -6,13 +6,15 @@ trained:
 - data parallelism: each step's all-reduce of the prefix's gradients, in float32, against a forward
   and a backward of the model, which has no gradients of weights to make;
 - context parallelism: each message of the ring, keys and values of one rank's tokens, against the
-  attention that is computed meanwhile.
+  attention that is computed meanwhile; and what is not hidden: before, the ranks agree on their
+  shapes, and behind the backward they sum the prefix's gradients.
 
 Nothing here was measured. Every assumption is a field of `Cluster` or `Job`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +33,18 @@ class Cluster:
     inside: float = 300e9  # bytes/s from a GPU to its neighbour in the node, one way
     between: float = 40e9  # the same, to a neighbour in another node
     node: int = 8
+    hop_inside: float = 3e-6  # seconds until a message's first byte is there
+    hop_between: float = 8e-6
+
+    def latency(self, gpus: int) -> float:
+        """Of what goes to all: up a tree of nodes and back, as NCCL does it from two nodes on."""
+        hops = math.ceil(math.log2(min(gpus, self.node)))
+        nodes = math.ceil(math.log2(max(1, gpus / self.node)))
+        return 2 * (hops * self.hop_inside + nodes * self.hop_between)
+
+    def hop(self, gpus: int) -> float:
+        """To the neighbour in a ring, over its slowest link."""
+        return self.hop_inside if gpus <= self.node else self.hop_between
 
     def bandwidth(self, gpus: int) -> float:
         """Of the slowest link in a ring."""
@@ -55,14 +69,19 @@ class Job:
         return 2 * self.layers * self.key_heads * self.prefix * self.head_dim * FP32
 
     @property
+    def layer_bytes(self) -> float:
+        """The gradients of one layer's."""
+        return self.prefix_bytes / self.layers
+
+    @property
     def weight_bytes(self) -> float:
         """The gradients of all weights, as full fine-tuning reduces them."""
         return self.parameters * BF16
 
 
 def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
-    """Seconds of a ring all-reduce: each GPU sends `2 (W - 1) / W` of the size."""
-    return 2 * (gpus - 1) / gpus * size / cluster.bandwidth(gpus)
+    """Seconds: each GPU sends `2 (W - 1) / W` of the size, and waits for the tree."""
+    return 2 * (gpus - 1) / gpus * size / cluster.bandwidth(gpus) + cluster.latency(gpus)
 
 
 def step(job: Job, cluster: Cluster) -> float:
@@ -87,7 +106,7 @@ def data_parallel(job: Job, cluster: Cluster) -> Iterator[tuple[str, ...]]:
 
 
 def ring(job: Job, cluster: Cluster) -> Iterator[tuple[str, ...]]:
-    """GPUs that share a sequence: its length, and message against attention, both ways.
+    """GPUs that share a sequence: its length, message against attention, what is not hidden.
 
     A causal ring with head and tail computes half of the products. Backward: keys, values and
     their float32 gradients travel, and the attention is 2.5 times the forward's.
@@ -95,9 +114,15 @@ def ring(job: Job, cluster: Cluster) -> Iterator[tuple[str, ...]]:
     for gpus in GPUS:
         numbers = 2 * job.key_heads * job.tokens * job.head_dim
         flops = 4 * job.heads * job.head_dim * job.tokens**2 / 2
-        sent = [numbers * size / cluster.bandwidth(gpus) for size in (BF16, BF16 + FP32)]
+        sent = [
+            cluster.hop(gpus) + numbers * size / cluster.bandwidth(gpus)
+            for size in (BF16, BF16 + FP32)
+        ]
         computed = [part * flops / cluster.attention for part in (1.0, 2.5)]
         ratios = [s / c for s, c in zip(sent, computed, strict=True)]
+        # Half of a tree there and back: numbers are gathered, not summed.
+        open_ = [cluster.latency(gpus) / 2, all_reduce(job.layer_bytes, gpus, cluster)]
+        layer = gpus * sum(computed)  # a step for each rank's keys
         yield (
             f"{gpus:,}",
             f"{gpus * job.tokens / 1e3:,.0f}k",
@@ -105,6 +130,8 @@ def ring(job: Job, cluster: Cluster) -> Iterator[tuple[str, ...]]:
             f"{ratios[0]:.0%}",
             f"{ratios[1]:.0%}",
             f"{round(job.tokens * max(ratios)):,}",
+            f"{1e3 * open_[0]:.2f} + {1e3 * open_[1]:.2f}",
+            f"{sum(open_) / layer:.2%}",
         )
 
 
@@ -112,10 +139,11 @@ def markdown(job: Job | None = None, cluster: Cluster | None = None) -> str:
     """Both tables."""
     job, cluster = job or Job(), cluster or Cluster()
     heads = ("GPUs", "MB sent a step", "ms", "of the step", "full fine-tuning's")
+    more = ("hidden from, tokens a GPU", "not hidden, ms a layer", "of its attention")
     ring_heads = ("GPUs", "tokens in all", "ms: message / attention", "forward", "backward")
     parts = [
         _table(heads, data_parallel(job, cluster)),
-        _table((*ring_heads, "hidden from, tokens a GPU"), ring(job, cluster)),
+        _table((*ring_heads, *more), ring(job, cluster)),
     ]
     return "\n\n".join(parts)
 

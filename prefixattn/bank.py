@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from prefixattn.gated import GatedPrefix
@@ -412,7 +413,19 @@ class PrefixBank(PrefixSource):
     def _joined(self, use: _Use, pieces: list[list[Pairs]]) -> PrefixBatch:
         shapes = [shape for shape in self._layer_shapes if shape is not None]
         pairs = side_by_side(pieces, shapes, self._like)
+        if _on_several_ranks() and (idle := self._idle(use)):
+            key, value = pairs[0]
+            pairs = [(_WithZeros.apply(key, *idle), value), *pairs[1:]]
         return PrefixBatch(self._spread(pairs), use.index, use.lengths)
+
+    def _idle(self, use: _Use) -> list[nn.Parameter]:
+        """What trains, and no row reads here; the rows of other ranks may.
+
+        Ranks reduce gradients by place: each has to have one, zeros too.
+        """
+        busy = {str(place) for entry in use.entries for place in entry}
+        members = [m for place, m in self.members.items() if place not in busy]
+        return [p for m in members for p in m.parameters() if p.requires_grad]
 
     def _pieces(self, entry: Entry, live: Mapping[int, Pairs]) -> Iterator[Pairs]:
         """The tensors of each member of an entry; those of files out of the tables."""
@@ -431,6 +444,24 @@ class PrefixBank(PrefixSource):
     def _spread(self, pairs: Pairs) -> list[tuple[Tensor, Tensor] | None]:
         layers = [i for i, shape in enumerate(self._layer_shapes) if shape is not None]
         return spread(pairs, layers, len(self._layer_shapes))
+
+
+class _WithZeros(torch.autograd.Function):
+    """The identity of its first input, with zeros as the gradients of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, *idle: Tensor) -> Tensor:
+        ctx.idle = [(x.shape, x.dtype, x.device) for x in idle]
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.idle)
+        return grad, *zeros
+
+
+def _on_several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _folders(path: str | Path) -> dict[str, Path]:

@@ -38,6 +38,7 @@ from prefixattn.stored import (
     as_metadata,
     read_config,
 )
+from prefixattn.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -321,14 +322,21 @@ class Prefix(PrefixSource):
         Each file is written whole or not at all, and one that is left from another save is refused
         on reading. ``layers.{i}.key`` and ``layers.{i}.value`` are what the attention sees,
         whatever kind of prefix this is. An earlier prefix in the folder is replaced.
+
+        A prefix that FSDP2, tensor parallelism or DeepSpeed's ZeRO-3 has spread over ranks is
+        gathered: every rank calls this, and rank 0 writes.
         """
-        folder, config = Path(path), self._config()
-        tensors = {}
+        with whole(self) as writes:
+            if writes:
+                self._write(Path(path))
+
+    def _write(self, folder: Path) -> None:
+        config = self._config()
+        tensors = self._own_tensors()  # first: ZeRO-3 takes a network apart behind its forward
         with torch.no_grad():
             for layer, (key, value) in zip(self.layers, self(), strict=True):
                 tensors[f"layers.{layer}.key"] = key
                 tensors[f"layers.{layer}.value"] = value
-        tensors |= self._own_tensors()
         write_tensors(folder / TENSORS_FILE, tensors, as_metadata(config))
         write_json(folder / CONFIG_FILE, config)
         (folder / ENCODER_DECODER_FILE).unlink(missing_ok=True)  # it names parts, no longer in use

@@ -21,6 +21,7 @@ from prefixattn.prefix import Prefix
 from prefixattn.projected import ProjectedPrefix
 from prefixattn.stored import CONFIG_FILE as PREFIX_FILE
 from prefixattn.stored import ENCODER_DECODER_FILE
+from prefixattn.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,8 +75,8 @@ def _is_ptuning_v2(path: Path) -> bool:
 
 
 def _load_ours(path: Path, model: Model) -> Loaded:
-    whole = (path / ENCODER_DECODER_FILE).is_file()
-    return EncoderDecoderPrefix.from_pretrained(path) if whole else Prefix.from_pretrained(path)
+    pair = (path / ENCODER_DECODER_FILE).is_file()
+    return EncoderDecoderPrefix.from_pretrained(path) if pair else Prefix.from_pretrained(path)
 
 
 def _task(model: Model) -> str:
@@ -190,6 +191,8 @@ def load(path: str | Path, format: str | None = None, model: Model = None) -> Lo
 def save(prefix: Loaded, path: str | Path, format: str = "prefixattn", model: Model = None) -> None:
     """Write ``prefix`` to ``path`` in a format that holds all of it.
 
+    One that is spread over ranks is gathered: every rank calls this, and rank 0 writes.
+
     Args:
         prefix: a `Prefix` of any kind, or an `EncoderDecoderPrefix`.
         path: a folder, or a cartridge's file.
@@ -216,7 +219,9 @@ def save(prefix: Loaded, path: str | Path, format: str = "prefixattn", model: Mo
         )
     if isinstance(prefix, Prefix) and prefix.dropout and found.name != "prefixattn":
         raise ValueError(f"{found.name} would lose the dropout of {prefix.dropout}")
-    found.save(prefix, Path(path), model)
+    with whole(prefix) as writes:
+        if writes:
+            found.save(prefix, Path(path), model)
 
 
 def convert(
@@ -257,13 +262,13 @@ def convert(
         prefix = _moved(prefix, model, positions)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-        whole = Path(folder) / place.name
-        save(prefix, whole, to, model)
+        ready = Path(folder) / place.name
+        save(prefix, ready, to, model)
         before = Path(folder) / "before"
         if place.exists():
             place.replace(before)
         try:
-            whole.replace(place)
+            ready.replace(place)
         except BaseException:
             if before.exists():
                 before.replace(place)

@@ -7,6 +7,8 @@ the length does not divide, the first chunks are one token longer; a chunk may b
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,11 +55,34 @@ def unshard_sequence(tensor: Tensor, dim: int, group: dist.ProcessGroup | None =
         tensor: this rank's part, as `shard_sequence` gives it.
         dim: the sequence's.
         group: the processes that share the sequence. None: all.
+
+    Raises:
+        IndexError: the tensor has no such dimension; on all ranks.
+        ValueError: ranks disagree on the dtype, the dimension or a size beside it, or the parts are
+            none of one sequence; on all ranks.
     """
-    world = dist.get_world_size(group)
-    lengths = gather_numbers([tensor.shape[dim]], tensor.device, group)
-    parts = gather_parts(tensor.detach(), dim, [number for (number,) in lengths], group)
-    return in_order(parts, dim, world)
+    world, ndim = dist.get_world_size(group), tensor.ndim
+    place = dim % ndim if -ndim <= dim < ndim else -1
+    kind = crc32(str(tensor.dtype).encode())
+    alike = gather_numbers([ndim, place, kind], tensor.device, group)
+    if any(found != alike[0] for found in alike):
+        raise ValueError(
+            "tensor: expected the same number of dimensions, dtype and dim on all ranks, got "
+            f"{ndim} dimensions, {tensor.dtype} and dim={dim} here, and others elsewhere"
+        )
+    if place < 0:
+        raise IndexError(f"dim: expected one of the {ndim} dimensions of tensor, got {dim}")
+    shapes = gather_numbers(list(tensor.shape), tensor.device, group)
+    lengths = [shape.pop(place) for shape in shapes]
+    if any(found != shapes[0] for found in shapes):
+        raise ValueError(f"tensor: expected the same sizes beside dim on all ranks, got {shapes}")
+    expected = [sum(lengths_of(sum(lengths), rank, world)) for rank in range(world)]
+    if lengths != expected:
+        raise ValueError(
+            f"tensor: expected parts of {expected} by rank, as shard_sequence cuts {sum(lengths)}, "
+            f"got {lengths}"
+        )
+    return in_order(gather_parts(tensor.detach(), place, lengths, group), place, world)
 
 
 def gather_parts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ ALL = slice(None)
 FACTS = (
     *("B", "H", "H_kv", "D", "D_v", "R", "P", "dtype", "is_causal", "all_gather", "scale"),
     *("softcap", "query needs grad", "key needs grad", "prefix needs grad", "lse"),
+    *("prefix_index", "prefix_lengths"),
 )
 
 
@@ -93,6 +95,7 @@ def ring_prefix_attention(
         facts |= {"tokens": problem.M, "dtype": DTYPES.index(problem.query.dtype)}
         facts |= {"is_causal": is_causal, "all_gather": method == "all-gather", "lse": return_lse}
         facts |= {"scale": float(problem.scale), "softcap": float(softcap or 0)}
+        facts |= {name: _checksum(numbers) for name, numbers in banked.items()}
         inputs = (query, key, value, prefix_key, prefix_value)
         needed = [torch.is_grad_enabled() and x.requires_grad for x in inputs]
         facts |= {"query needs grad": needed[0], "key needs grad": needed[1] or needed[2]}
@@ -106,6 +109,10 @@ def ring_prefix_attention(
     run = _AllGather if method == "all-gather" else _Ring
     out, lse = run.apply(blocks, ring, *(getattr(problem, name) for name in TENSORS))
     return (out, lse) if return_lse else out
+
+
+def _checksum(numbers: Tensor | None) -> int:
+    return 0 if numbers is None else crc32(repr(numbers.tolist()).encode())
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Caller, Places, argument_names, by_key
+from prefixattn.integrations.spread import AsAttached
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.kept import forward
@@ -29,7 +30,7 @@ class Source(Protocol):
     def __call__(self) -> PrefixBatch | None: ...
 
     @property
-    def trains(self) -> bool: ...
+    def parameters(self) -> list[nn.Parameter]: ...  # that its prefixes are made of
 
     @property
     def num_tokens(self) -> int: ...  # of its longest prefix now
@@ -76,7 +77,8 @@ class Boarding:
         self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
-        self.trains = any(group.source.trains for group in groups)  # when it was last seen
+        self.trains = any(p.requires_grad for p in self._parameters())  # when it was last seen
+        self.as_attached = AsAttached(self._parameters())
         # Of the forward that runs now: for a relay, and where a model is around the stack.
         self.current: PerThread[Carrier] = PerThread()
         self.caller: PerThread[Caller] = PerThread()
@@ -162,6 +164,9 @@ class Boarding:
                     f"now {config._attn_implementation!r}: it would be lost. detach() first"
                 )
 
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group.source.parameters]
+
     def _batches(self, stack: PreTrainedModel, kwargs: dict[str, Any]) -> list[PrefixBatch | None]:
         """The prefixes of this forward; what training needs is seen to."""
         batches = [group.source() for group in self.groups]
@@ -170,6 +175,7 @@ class Boarding:
         tensors = [x for batch in batches if batch for pair in batch.pairs if pair for x in pair]
         if tensors and not torch.compiler.is_compiling():
             self._warn_of_freezing(stack, tensors)
+            self.as_attached.check(stack, self._parameters)
         if tensors and self._reentrant():
             if any(x.grad_fn is not None and _saves(x) for x in tensors):
                 raise RuntimeError(

@@ -85,9 +85,9 @@ class Submodule:
         return batch
 
     @property
-    def trains(self) -> bool:
-        """Whether any of its parameters does."""
-        return any(p.requires_grad for p in self.model.get_submodule(self.name).parameters())
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the submodule."""
+        return list(self.model.get_submodule(self.name).parameters())
 
     @property
     def num_tokens(self) -> int:

@@ -173,9 +173,9 @@ class PeftSource:
         return tuple(names for source, names in _calls.running if source is self)
 
     @property
-    def trains(self) -> bool:
-        """Whether any adapter does."""
-        return any(p.requires_grad for p in self.model.prompt_encoder.parameters())
+    def parameters(self) -> list[nn.Parameter]:
+        """Every adapter's."""
+        return list(self.model.prompt_encoder.parameters())
 
     @property
     def num_tokens(self) -> int:

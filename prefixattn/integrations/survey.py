@@ -18,6 +18,7 @@ from prefixattn.integrations.carrier import SLOT
 from prefixattn.integrations.implementation import own_configs, set_implementation
 from prefixattn.integrations.places import known_positions
 from prefixattn.integrations.refusal import refusal
+from prefixattn.integrations.spread import is_sharded
 from prefixattn.integrations.tensor_parallel import whole_sites
 from prefixattn.integrations.transformers import attention_forward
 from prefixattn.layers import LayerShape
@@ -220,6 +221,8 @@ def check_model(model: Any) -> PreTrainedModel:
         raise ValueError(
             f"{type(model).__name__} has a prefix attached already: prefixattn.detach(model)"
         )
+    if any(map(is_sharded, model.modules())):
+        raise refusal(model, "it is sharded already: make and attach the prefix before fully_shard")
     if model.device.type == "meta" and not any(map(offloaded_to, model.modules())):
         raise refusal(model, "it is on the meta device: load its weights first")
     config = model.config.get_text_config()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.refusal import refusal
@@ -95,9 +95,9 @@ class OwnHeads:
         return replace(batch, pairs=pairs, gates=own_gates if batch.gates else None)
 
     @property
-    def trains(self) -> bool:
-        """Whether the source does."""
-        return self.source.trains
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the source."""
+        return self.source.parameters
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -70,8 +72,8 @@ def alone(kind: str) -> tuple[list[float], list[Tensor]]:
     return losses, [parameter.detach() for parameter in trained(part)]
 
 
-def differences(stage: int, kind: str) -> tuple[float, float, float]:
-    """How far losses and parameters are from one process's, and how far training came."""
+def differences(stage: int, kind: str) -> tuple[float, float, float, float]:
+    """How far losses and parameters are from one process's, how far training came, and a file."""
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -100,12 +102,17 @@ def differences(stage: int, kind: str) -> tuple[float, float, float]:
         losses.append(mean.item() / dist.get_world_size())
     with deepspeed.zero.GatheredParameters(trained(part)):
         found = [parameter.detach().clone() for parameter in trained(part)]
+    saved = found
+    if isinstance(part, Prefix):
+        folder = Path(tempfile.gettempdir(), f"prefixattn-test-{stage}-{kind}")
+        part.save_pretrained(folder)
+        saved = [x.detach() for x in trained(Prefix.from_pretrained(folder))]
 
     def apart(some: list[Tensor], others: list[Tensor]) -> float:
         return max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
 
     off = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-    return off, apart(found, wanted), apart(found, start)
+    return off, apart(found, wanted), apart(found, start), apart(saved, found)
 
 
 def two_prefix() -> Any:
@@ -129,9 +136,13 @@ def three_peft() -> Any:
 
 
 @pytest.mark.parametrize("work", [two_prefix, two_peft, three_prefix, three_projected, three_peft])
-def test_it_trains_as_one_process_does(work: Any) -> None:
+def test_it_trains_as_one_process_does(
+    work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for the processes
     for result in launch(work, 2):
         assert not isinstance(result, str), result
-        losses, parameters, way = result
+        losses, parameters, way, saved = result
+        assert saved == 0
         assert losses < 1e-5
         assert parameters < 1e-3 < 0.05 < way

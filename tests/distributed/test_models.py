@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from prefixattn import GatedPrefix, Prefix, PrefixBank, attach
+from prefixattn import GatedPrefix, Prefix, PrefixBank, ProjectedPrefix, attach
+from prefixattn.checkpoints import load, save
 
 ROWS, TOKENS, LENGTH = 4, 7, 5
 transformers.logging.set_verbosity_error()
@@ -123,6 +125,139 @@ def test_fsdp2() -> None:
         assert isinstance(found, dict), found
         for name, error in found.items():
             assert error < (0.05 if "half=True" in name else 1e-5), name
+
+
+NAMES, USED = "abc", ["a", "a", "b", None]
+
+
+def make_bank(model: Any) -> PrefixBank:
+    draws = [torch.Generator().manual_seed(seed) for seed in range(len(NAMES))]
+    return PrefixBank(
+        {
+            name: Prefix.random(model, LENGTH, 0.5, draw)
+            for name, draw in zip(NAMES, draws, strict=True)
+        }
+    )
+
+
+def bank_error(wrap: Callable[[Any], Any]) -> float:
+    """How far a bank's gradients are from one process's, where ranks read different members."""
+    model = make_model()
+    bank = make_bank(model)
+    attach(model, bank)
+    with bank.use(USED):
+        step(model, all_rows())
+    expected = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bank.parameters()]
+    model = make_model()
+    bank = make_bank(model)
+    attach(model, bank)
+    wrapped = wrap(model)
+    own = len(USED) // dist.get_world_size()
+    for _ in range(2):
+        bank.zero_grad()
+        with bank.use(USED[dist.get_rank() * own :][:own]):
+            step(wrapped, own_rows())
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+             for p in bank.parameters()]  # fmt: skip
+    scale = max(y.abs().max() for y in expected)
+    return max(float((x - y).abs().max() / scale) for x, y in zip(grads, expected, strict=True))
+
+
+def sharded(model: Any) -> Any:
+    shard(model)
+    return model
+
+
+def banks() -> dict[str, float]:
+    return {"DDP": bank_error(DistributedDataParallel), "FSDP2": bank_error(sharded)}
+
+
+def test_ranks_may_read_different_members_of_a_bank() -> None:
+    for found in launch(banks, 2):
+        assert isinstance(found, dict), found
+        assert {name: error for name, error in found.items() if not error < 1e-5} == {}
+
+
+def unreduced() -> list[str]:
+    """What is said where nothing would reduce a prefix's gradients."""
+    said = []
+
+    def saying(do: Callable[[Any], Any]) -> None:
+        try:
+            do(make_model())
+        except (RuntimeError, NotImplementedError) as error:
+            said.append(str(error))
+        else:
+            said.append("nothing")
+
+    def wrapped_too_early(model: Any) -> None:
+        wrapped = DistributedDataParallel(model.requires_grad_(True))
+        attach(model, make_prefix(model))
+        step(wrapped, own_rows())
+
+    def layers_alone(model: Any) -> None:
+        attach(model, make_prefix(model))
+        for layer in model.model.layers:
+            fully_shard(layer)
+        step(model, own_rows())
+
+    def sharded_too_early(model: Any) -> None:
+        prefix = make_prefix(model)
+        shard(model)
+        attach(model, prefix)
+
+    for do in (wrapped_too_early, layers_alone, sharded_too_early):
+        saying(do)
+    return said
+
+
+def test_what_nothing_would_reduce_is_refused() -> None:
+    for found in launch(unreduced, 2):
+        early, layers, sharded = found
+        assert "attach first, then wrap" in early
+        assert "fully_shard(model) too" in layers
+        assert "before fully_shard" in sharded
+
+
+def exported() -> list[float]:
+    """How far what was saved of sharded prefixes is from what is in their shards."""
+    folder = Path(tempfile.gettempdir(), "prefixattn-test-export")
+    found = []
+    for name, make in (("prefix", make_prefix), ("network", with_network), ("bank", make_bank)):
+        model = make_model()
+        prefix: Any = make(model)
+        attach(model, prefix)
+        shard(model)
+        with prefix.use(USED[:2]) if name == "bank" else nullcontext():
+            step(model, own_rows())
+        prefix.save_pretrained(folder / name)
+        members = [prefix] if name != "bank" else list(prefix.members.values())
+        for member, label in zip(members, NAMES, strict=False):
+            read = Prefix.from_pretrained(
+                folder / name / label if name == "bank" else folder / name
+            )
+            own = {k: x.full_tensor() if hasattr(x, "full_tensor") else x
+                   for k, x in member.named_parameters()}  # fmt: skip
+            pairs = zip(read.parameters(), own.values(), strict=True)
+            found.append(max(float((x - y).abs().max().detach()) for x, y in pairs))
+        if name == "prefix":
+            save(prefix, folder / "peft", "peft")
+            again: Any = load(folder / "peft")
+            found.append(float((again.keys[0] - read.keys[0]).abs().max().detach()))
+    return found
+
+
+def with_network(model: Any) -> Prefix:
+    torch.manual_seed(3)
+    return ProjectedPrefix.for_model(model, LENGTH, hidden_dim=8)
+
+
+def test_sharded_prefixes_are_saved_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for found in launch(exported, 2):
+        assert isinstance(found, list), found
+        assert len(found) == 6
+        assert max(found) == 0
 
 
 def trained_and_saved() -> list[Any]:

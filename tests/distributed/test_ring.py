@@ -145,6 +145,19 @@ def disagreements() -> dict[str, str]:
         "causality": said(call(q, k, v, pk, pv, is_causal=other)),
         "scale": said(call(q, k, v, pk, pv, scale=0.5 if other else 0.25)),
         "method": said(call(q, k, v, pk, pv, method=METHODS[other])),
+        "index": said(
+            call(
+                q,
+                k,
+                v,
+                *(x.repeat(2, 1, 1, 1) for x in (pk, pv)),
+                prefix_index=torch.full((len(q),), int(other)),
+            )
+        ),
+        "dim": said(lambda: unshard_sequence(q, 1 if other else 2)),
+        "no dim": said(lambda: unshard_sequence(q, 9)),
+        "beside": said(lambda: unshard_sequence(q[:, : 1 if other else 2], 2)),
+        "parts": said(lambda: unshard_sequence(q[:, :, : 2 if other else 8], 2)),
         "wrong there": said(call(q, k, v, pk, pv.float() if other else pv)),
         "no such method": said(call(q, k, v, pk, pv, method="star" if other else "ring")),
         "and after all that": said(call(q, k, v, pk, pv)),
@@ -162,10 +175,17 @@ def test_ranks_that_disagree_are_all_told() -> None:
         "causality": "ValueError: is_causal: expected the same on all ranks, got [0, 1] by rank",
         "scale": "ValueError: scale: expected the same on all ranks, got [0.25, 0.5] by rank",
         "method": "ValueError: all_gather: expected the same on all ranks, got [0, 1] by rank",
+        "index": "ValueError: prefix_index: expected the same on all ranks, got others",
+        "no dim": "IndexError: dim: expected one of the 4 dimensions of tensor, got 9",
+        "parts": "ValueError: tensor: expected parts of [5, 5] by rank, as shard_sequence cuts 10, "
+        "got [8, 2]",
         "and after all that": "nothing",
     }
     assert {name: first[name] for name in both} == both
     assert {name: second[name] for name in both} == both
+    for found in (first, second):
+        assert found["dim"].startswith("ValueError: tensor: expected the same number of dim")
+        assert found["beside"].startswith("ValueError: tensor: expected the same sizes beside dim")
     for name, words in (("wrong there", "prefix_value"), ("no such method", "method")):
         assert first[name].startswith("RuntimeError: rank 1 refused its input")
         assert words in second[name]
