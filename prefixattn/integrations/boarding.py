@@ -20,6 +20,7 @@ from prefixattn.integrations.transformers import NAME, register
 from prefixattn.kept import forward
 from prefixattn.layers import PrefixBatch
 
+BATCHING_WORDS = "generate() takes batches, `prefixattn vllm` serves prefixes; detach() first"
 CACHES = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 MASK_OR_PLACES = ("attention_mask", "position_ids", *CACHES)
 
@@ -315,6 +316,13 @@ def _spans(cache: Any, slots: Sequence[Slot], length: int) -> tuple[list[Span], 
     own = [slot for slot in slots if not slot.crosses]
     if cache is None or not own:
         return [Span(length, None)] * len(slots), 0
+    if not hasattr(
+        cache, "get_mask_sizes"
+    ):  # paged: a batch that began before the prefix was there
+        raise NotImplementedError(
+            f"a {type(cache).__name__} shares blocks by tokens alone, and would lose the prefix: "
+            f"{BATCHING_WORDS}"
+        )
     # Layers that see alike have seen the same tokens: so transformers makes its masks, too.
     kinds: dict[Any, Span] = {}
     spans = []

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.integrations.adapters import adapt
-from prefixattn.integrations.boarding import Boarding, Group, Source
+from prefixattn.integrations.boarding import BATCHING_WORDS, Boarding, Group, Source
 from prefixattn.integrations.carrier import CAUSAL, SLOT, Options, Slot
 from prefixattn.integrations.implementation import set_implementation
 from prefixattn.integrations.refusal import refusal
@@ -203,7 +203,7 @@ def install(
 def _refuse_batching(model: str, *args: Any, **kwargs: Any) -> None:
     raise NotImplementedError(
         f"{model} has a prefix attached, which transformers' continuous batching (generate_batch) "
-        "would lose: generate() takes batches, `prefixattn vllm` serves prefixes; detach() first"
+        f"would lose: {BATCHING_WORDS}"
     )
 
 

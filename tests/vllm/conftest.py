@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-ENGINE_TESTS = ("test_engine.py", "test_guide.py", "test_server.py")
+ENGINE_TESTS = ("test_engine.py", "test_guide.py", "test_server.py", "test_transformers_serve.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -49,6 +49,12 @@ def world(made_world, tmp_path):
     """A copy of its own for each test, whose adapters may be spoilt."""
     shutil.copytree(made_world, tmp_path / "world", dirs_exist_ok=True)
     return tmp_path / "world"
+
+
+@pytest.fixture
+def transformers_serve(made_world):
+    """`transformers_serve.py` with these options."""
+    return lambda *options: script("transformers_serve.py", made_world / "model", *options)
 
 
 @pytest.fixture
