@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.methods.cell import Place, Sizes
-from benchmarks.methods.grid import FIELDS, Grid, measure, one_thread
+from benchmarks.methods.grid import FIELDS, Grid, measure, measure_peaks, one_thread
 from benchmarks.methods.report import table
 from benchmarks.methods.ways import METHODS
 from prefixattn.bench import machine
@@ -55,6 +55,9 @@ def main(
         Path | None, typer.Option(help="For the base.", show_default="user cache")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Results, as JSON lines.")] = None,
+    peaks: Annotated[
+        bool, typer.Option("--peaks", help="Train nothing: the memory of --out's rows anew.")
+    ] = False,
     show: Annotated[
         Path | None, typer.Option(help="Measure nothing: the tables of such a file.")
     ] = None,
@@ -98,7 +101,10 @@ def main(
     try:
         with tempfile.TemporaryDirectory() as tokenizer:
             place = prepare(source, cache or default_folder(), Path(tokenizer), reader, sizes)
-            train(grid, place, writer, workers, errors)
+            if peaks:
+                measure_all_peaks(place, writer, workers, errors)
+            else:
+                train(grid, place, writer, workers, errors)
     except KeyboardInterrupt:
         errors.print("interrupted: what was measured is kept" if out else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
@@ -142,6 +148,17 @@ def train(grid: Grid, place: Place, writer: Writer, workers: int, console: Conso
         for row in measure(grid, place, writer, workers):
             total = grid.num_cells(rows_of(writer.records))
             progress.update(bar, advance=1, total=total, description=describe(row))
+
+
+def measure_all_peaks(place: Place, writer: Writer, workers: int, console: Console) -> None:
+    """The memory of every row, which replaces what the file says of it."""
+    rows = rows_of(writer.records)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("measuring", total=sum(row["purpose"] == "score" for row in rows))
+        for row in measure_peaks(rows, place, workers):
+            progress.update(bar, advance=1, description=describe(row))
+    writer.write_all()
 
 
 def describe(row: Record) -> str:

@@ -85,6 +85,14 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
     return row | {"bytes": saved_bytes(ready)} | _memory(ready, train, tokenizer, sizes)
 
 
+def peak_of(cell: Cell, place: Place) -> int | None:
+    """The memory of a cell's row alone, without its training."""
+    task = _task(cell.task, place.text, place.tokenizer)
+    train, _ = task.draw(cell.examples, place.sizes.validation, cell.seed)
+    ready = METHODS[cell.method].prepare(_start(train, place, cell.seed))
+    return _memory(ready, train, _tokenizer(place.tokenizer), place.sizes)["peak"]
+
+
 def fit(
     ready: Ready, rate: float, batches: Sequence[Batch], watched: Sequence[Batch], every: int
 ) -> dict[str, Any]:

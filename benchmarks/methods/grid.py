@@ -6,14 +6,14 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, repeat
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 import transformers
 
-from benchmarks.methods.cell import Cell, Place, run
+from benchmarks.methods.cell import Cell, Place, peak_of, run
 from benchmarks.methods.ways import LADDER, METHODS
 from prefixattn.bench.records import Record, Writer, rows_of
 from prefixattn.demo.tasks import BUILDERS
@@ -101,6 +101,19 @@ def measure(grid: Grid, place: Place, writer: Writer, workers: int) -> Iterator[
             for future in as_completed(futures):
                 writer.add([future.result()])
                 yield writer.records[-1]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def measure_peaks(rows: Sequence[Record], place: Place, workers: int) -> Iterator[Record]:
+    """Yields each row that counts, with its memory measured anew."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
+    try:
+        chosen = [row for row in rows if row["purpose"] == "score"]
+        cells = [Cell(**{name: row[name] for name in FIELDS}) for row in chosen]
+        found = pool.map(peak_of, cells, repeat(place))
+        for row, row["peak"] in zip(chosen, found, strict=True):
+            yield row
     finally:
         pool.shutdown(cancel_futures=True)
 

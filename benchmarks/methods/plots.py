@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
@@ -14,6 +15,8 @@ from prefixattn.demo.tasks import LOSS
 
 SHADES = ("#9ecae1", "#4292c6", "#08306b")  # few to many examples
 PREFIX, OTHER = "#d95f02", "#555555"
+NEAR = 1.6  # how far to the right of its point a name stands
+LINES, COLUMNS_A_DECADE = 22, 1.5
 SUFFIXES = ("svg", "png")
 
 
@@ -60,28 +63,46 @@ def scores(rows: Sequence[Record]) -> Figure:
 
 
 def sizes_on_disk(rows: Sequence[Record]) -> Figure:
-    """What a task takes on disk against its score from the most examples."""
+    """What a task takes on disk against its score from the most examples; names are apart."""
     tasks = names(rows, "task")
     figure = Figure(figsize=(4.2 * len(tasks), 4.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         chosen = of(rows, task=task, examples=sizes(rows)[-1])
+        points = {}
         for method in names(chosen, "method"):
             mine = of(chosen, method=method)
             size = median(row["bytes"] for row in mine) / KIB
             if size:
-                color = PREFIX if "prefix" in method else OTHER
-                score = mean(row["score"] for row in mine)
-                axes.plot(size, score, "o", color=color, ms=5)
-                axes.annotate(method, (size, score), (4, 3), textcoords="offset points", size=7)
+                points[method] = size, mean(row["score"] for row in mine)
+        for method, (size, score) in points.items():
+            axes.plot(size, score, "o", color=PREFIX if "prefix" in method else OTHER, ms=5)
+        for method, height in _heights(points).items():
+            color = PREFIX if "prefix" in method else OTHER
+            size, score = points[method]
+            axes.plot([size, size * NEAR], [score, height], color=color, lw=0.4)
+            axes.text(size * NEAR, height, f" {method}", size=7, va="center", color=color)
         axes.set_xscale("log")
         axes.set_xlabel("KiB on disk")
         axes.set_title(f"{task}: {chosen[0]['score_name']}")
         if chosen[0]["score_name"] == LOSS:
             axes.invert_yaxis()
-        axes.margins(x=0.25)
+        axes.set_xlim(right=axes.get_xlim()[1] * 12)  # room for the names
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _heights(points: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Where the names of points stand: those of much the same size one above the other."""
+    scores = [score for _, score in points.values()]
+    least = (max(scores) - min(scores)) / LINES or 1.0
+    found: dict[str, float] = {}
+    below: dict[int, float] = {}
+    for method, (size, score) in sorted(points.items(), key=lambda item: item[1][1]):
+        column = round(COLUMNS_A_DECADE * math.log10(size))
+        found[method] = max(score, below.get(column, -math.inf) + least)
+        below[column] = found[method]
+    return found
 
 
 PICTURES = {"methods-scores": scores, "methods-size": sizes_on_disk}

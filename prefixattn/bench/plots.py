@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from prefixattn.bench.figures import MEBIBYTE, by_case, tried
 from prefixattn.bench.growth import AXES, PASSES, curve
@@ -120,6 +121,8 @@ def _curves(
     place.set_yscale("log")
     place.set_xticks(list(points), [str(value) for value in points], fontsize=7)
     place.minorticks_off()
+    place.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=9))
+    place.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     place.tick_params(axis="y", labelsize=7)
     place.grid(alpha=0.25)
     place.spines[["top", "right"]].set_visible(False)

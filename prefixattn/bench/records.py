@@ -93,8 +93,12 @@ class Writer:
         if path.exists() and path.stat().st_size and not fresh:
             self.records = read(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What an interruption cut short goes.
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.write_all()  # what an interruption cut short goes
+
+    def write_all(self) -> None:
+        """Write every record anew."""
+        if self.path is not None:
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def add(self, records: list[Record]) -> None:
         """Write records, whole and at once: what was measured outlives an interruption."""

@@ -1,9 +1,11 @@
 """`python -m benchmarks.methods --quick`: what it writes, resumes and shows."""
 
 import json
+import signal
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,32 @@ def test_a_run_goes_on_with_what_is_there(results):
     before = rows(path)
     run(*options)
     assert rows(path) == before
+
+
+def test_memory_alone_is_measured_anew(results, folder):
+    options, path = results
+    copy = folder / "copy.jsonl"
+    spoilt = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in spoilt:
+        record |= {"peak": -1} if record.get("purpose") == "score" else {}
+    copy.write_text("".join(json.dumps(record) + "\n" for record in spoilt))
+    run("--quick", "--peaks", "--out", copy, "--cache", folder / "cache")
+    for row, before in zip(rows(copy), rows(path), strict=True):
+        assert row | {"peak": None} == before | {"peak": None}
+        assert row.get("peak") is None or row["peak"] > 0
+
+
+def test_an_interruption_is_heard(results, folder):
+    command = [sys.executable, "-m", "benchmarks.methods", "--quick", "--out", folder / "cut.jsonl"]
+    process = subprocess.Popen(
+        [*command, "--cache", folder / "cache"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "cut.jsonl").exists() or len((folder / "cut.jsonl").read_text()) < 2:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
 
 
 def test_other_sizes_are_refused_in_one_file(results, folder):

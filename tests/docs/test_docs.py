@@ -178,3 +178,27 @@ def test_the_pages_show_what_their_files_say() -> None:
 def test_the_api_page_names_all_that_is_public() -> None:
     shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert {f"prefixattn.{name}" for name in prefixattn.__all__} <= set(shown)
+
+
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
+# What the words on methods say beside the numbers of the tables: differences of these, settings,
+# and what the rows in the file say.
+DERIVED = {
+    "0.14": "text less random, prose, 256",
+    "0.06": "text less MLP",
+    "0.03": "MLP less the better of text and random",
+    "0.13": "LoRA + prefix less LoRA, prose, 256",
+    "5.3": "validation loss at the start, package",
+    "38": "searches that ended between two worse rates",
+    "39": "searches",
+}
+
+
+def test_the_words_on_methods_use_the_numbers_of_their_tables() -> None:
+    """A run anew changes tables by itself, and words only by hand: here they are held together."""
+    page = (DOCS / "methods.md").read_text()
+    setting, _, rest = page.partition("## Results")
+    tables, _, words = rest.partition("## What they say")
+    known = {number.rstrip(",") for number in NUMBER.findall(setting + tables)} | {"1"}
+    said = {number.rstrip(",") for number in NUMBER.findall(words)}
+    assert said - known == set(DERIVED)
