@@ -1,8 +1,8 @@
 """`python -m benchmarks.methods --quick`: what it writes, resumes and shows."""
 
 import json
-import signal
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_what_is_there(results):
 
 
 def test_memory_alone_is_measured_anew(results, folder):
-    options, path = results
+    _, path = results
     copy = folder / "copy.jsonl"
     spoilt = [json.loads(line) for line in path.read_text().splitlines()]
     for record in spoilt:
