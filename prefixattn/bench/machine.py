@@ -94,11 +94,16 @@ def _bytes(text: str) -> int:
 def commit() -> str:
     """The commit of the code that runs, `-dirty` with changes; empty where it is in no repository.
 
-    A package that was installed into some other project's folder is not of that project's commit.
+    Changed results and pages are none of the code's. A package that was installed into some other
+    project's folder is not of that project's commit.
     """
     package = Path(__file__).resolve().parents[1]
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
-    return _git(package, "describe", "--always", "--dirty", "--exclude=*") if tracked else ""
+    if not tracked:
+        return ""
+    kinds = [f":(top)*{kind.removeprefix('*')}" for kind in (*SOURCES, ".toml")]
+    changed = _git(package, "status", "--porcelain", "--", *kinds)
+    return _git(package, "describe", "--always", "--exclude=*") + ("-dirty" if changed else "")
 
 
 def code() -> str:
