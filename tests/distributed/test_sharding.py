@@ -23,6 +23,7 @@ from prefixattn import prefix_attention
 from prefixattn.problem import DIFFERENTIABLE
 
 B, H, H_KV, M, P, D = 4, 8, 4, 6, 3, 8
+LIMITS = {"reference": 1e-12, "auto": 1e-5}
 Arguments = dict[str, Any]
 
 
@@ -96,8 +97,18 @@ OVER: dict[str, Callable[[Tensor, str], Placement]] = {
 }  # fmt: skip
 
 
-def difference(arguments: Arguments, mesh: Any, over: tuple[str, ...]) -> float:
-    """The largest over the output, lse and all gradients, of each one's largest number."""
+def difference(
+    arguments: Arguments, mesh: Any, over: tuple[str, ...], implementation: str = "reference"
+) -> float:
+    """The largest over the output, lse and all gradients, of each one's largest number.
+
+    In float32 for "auto": the C++ kernels know no float64.
+    """
+    if implementation == "auto":
+        arguments = {
+            name: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in arguments.items()
+        }
     names = [n for n in DIFFERENTIABLE if n in arguments]
     whole = arguments | {n: arguments[n].clone().requires_grad_() for n in names}
     expected = prefix_attention(**whole, return_lse=True, implementation="reference")
@@ -108,7 +119,7 @@ def difference(arguments: Arguments, mesh: Any, over: tuple[str, ...]) -> float:
         if isinstance(x, Tensor):
             spread[name] = distribute_tensor(x, mesh, [OVER[way](x, name) for way in over])
             spread[name].requires_grad_(name in names)
-    got = prefix_attention(**spread, return_lse=True, implementation="reference")
+    got = prefix_attention(**spread, return_lse=True, implementation=implementation)
     places = [Shard(1 if way == "heads" else 0) for way in over]
     for x, dx in zip(got, upstream, strict=True):
         assert isinstance(x, DTensor)
@@ -122,22 +133,28 @@ def difference(arguments: Arguments, mesh: Any, over: tuple[str, ...]) -> float:
 def over_one_dimension() -> dict[str, float]:
     mesh = init_device_mesh("cpu", (2,))
     return {
-        f"{case} over {way}": difference(make(), mesh, (way,))
+        f"{case} over {way}, {implementation}": difference(make(), mesh, (way,), implementation)
         for case, make in CASES.items()
         for way in OVER
+        for implementation in LIMITS
     }
 
 
 def over_two_dimensions() -> dict[str, float]:
     mesh = init_device_mesh("cpu", (2, 2))
-    return {case: difference(make(), mesh, ("rows", "heads")) for case, make in CASES.items()}
+    return {
+        f"{case}, {implementation}": difference(make(), mesh, ("rows", "heads"), implementation)
+        for case, make in CASES.items()
+        for implementation in LIMITS
+    }
 
 
 @pytest.mark.parametrize(("work", "world"), [(over_one_dimension, 2), (over_two_dimensions, 4)])
 def test_spread_over_a_mesh_it_is_what_one_process_computes(work: Any, world: int) -> None:
     for found in launch(work, world):
         assert isinstance(found, dict), found
-        assert {name: error for name, error in found.items() if not error < 1e-12} == {}
+        for name, error in found.items():
+            assert error < LIMITS[name.rpartition(", ")[2]], name
 
 
 UNEVEN = {"10 over 5": (10, 5), "6 over 3": (6, 3), "6 over 2": (6, 2), "3 over 3": (3, 3)}
