@@ -65,7 +65,7 @@ def scores(rows: Sequence[Record]) -> Figure:
 def sizes_on_disk(rows: Sequence[Record]) -> Figure:
     """What a task takes on disk against its score from the most examples; names are apart."""
     tasks = names(rows, "task")
-    figure = Figure(figsize=(4.2 * len(tasks), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(tasks), 4.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         chosen = of(rows, task=task, examples=sizes(rows)[-1])
@@ -80,14 +80,18 @@ def sizes_on_disk(rows: Sequence[Record]) -> Figure:
         for method, height in _heights(points).items():
             color = PREFIX if "prefix" in method else OTHER
             size, score = points[method]
-            axes.plot([size, size * NEAR], [score, height], color=color, lw=0.4)
-            axes.text(size * NEAR, height, f" {method}", size=7, va="center", color=color)
+            least = size < NEAR * min(size for size, _ in points.values())
+            end = size / NEAR if least else size * NEAR
+            axes.plot([size, end], [score, height], color=color, lw=0.4)
+            side = "right" if least else "left"
+            axes.text(end, height, f" {method} ", size=7, va="center", ha=side, color=color)
         axes.set_xscale("log")
         axes.set_xlabel("KiB on disk")
         axes.set_title(f"{task}: {chosen[0]['score_name']}")
         if chosen[0]["score_name"] == LOSS:
             axes.invert_yaxis()
-        axes.set_xlim(right=axes.get_xlim()[1] * 12)  # room for the names
+        least, most = axes.get_xlim()
+        axes.set_xlim(least / 5, most * 5)  # room for the names
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -170,8 +170,7 @@ def _roof(place: Axes, rates: dict[str, float], low: float, high: float) -> None
     place.plot(xs, [min(rates["matmul"], x * rates["copy"]) for x in xs], color="#1c1917", lw=1.4)
     place.text(xs[2], 1.15 * rates["matmul"], _flops(rates["matmul"]), ha="right", fontsize=8)
     words = f"torch's copy: {rates['copy'] / 1e9:.3g} GB/s"
-    box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
-    place.text(1.5 * xs[0], 0.9 * xs[0] * rates["copy"], words, fontsize=8, bbox=box, zorder=4)
+    place.text(0.5 * ridge, rates["matmul"], words, ha="right", fontsize=8)  # beside its slope
     place.set_xscale("log")
     place.set_yscale("log")
     place.set_ylim(top=2.5 * rates["matmul"])
