@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, median
 
+from benchmarks.methods.grid import chosen_rate
 from benchmarks.methods.ways import METHODS
 from prefixattn.bench.figures import caption
 from prefixattn.bench.records import Record, rows_of
@@ -15,8 +16,15 @@ NEVER = "never"
 
 
 def scored(records: Iterable[Record]) -> list[Record]:
-    """The rows that count: those that chose a rate are left out."""
-    return [row for row in rows_of(records) if row["purpose"] == "score"]
+    """The rows that count: those at the rate that was chosen, without those that chose it."""
+    rows = rows_of(records)
+    pairs = {(row["method"], row["task"]) for row in rows}
+    rates = {pair: chosen_rate(rows, *pair) for pair in pairs}
+    return [
+        row
+        for row in rows
+        if row["purpose"] == "score" and row["rate"] == rates[row["method"], row["task"]]
+    ]
 
 
 def of(rows: Iterable[Record], **wanted: object) -> list[Record]:

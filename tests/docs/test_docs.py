@@ -189,6 +189,7 @@ DERIVED = {
     "0.03": "MLP less the better of text and random",
     "0.13": "LoRA + prefix less LoRA, prose, 256",
     "5.3": "validation loss at the start, package",
+    "0.04": "percent between two rates of full fine-tuning, summarise",
     "38": "searches that ended between two worse rates",
     "39": "searches",
 }
