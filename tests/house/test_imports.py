@@ -52,7 +52,8 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "kept": ("torch", ""),
     "stored": ("torch safetensors files layers", ""),
     "initialise": ("torch layers", "integrations.*"),
-    "prefix": ("torch files initialise kept layers stored", "deepspeed"),
+    "whole": ("torch", "deepspeed"),
+    "prefix": ("torch files initialise kept layers stored whole", "deepspeed"),
     "projected": ("torch files initialise layers prefix stored", ""),
     "gated": ("torch files initialise layers prefix stored", ""),
     "external": ("torch initialise layers", ""),
@@ -72,7 +73,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "distributed.sharding": ("torch problem", ""),
     "checkpoints.*": (
         "torch safetensors files layers stored initialise prefix projected gated encoder_decoder "
-        "positions checkpoints.*",
+        "positions whole checkpoints.*",
         "",
     ),
     "vllm": ("vllm.versions", "vllm.*"),
@@ -90,6 +91,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
         "torch typer rich bench.* build choose layers vllm",
         "demo.* checkpoints.* transformers vllm.folder",
     ),
+    "__main__": ("cli", ""),
     "integrations": ("", "integrations.*"),
     "integrations.*": (
         f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix checkpoints.* "
@@ -98,7 +100,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     ),
     "demo.*": (
         f"torch {FRAMEWORKS} matplotlib psutil rich safetensors tokenizers . files "
-        "checkpoints.* demo.*",
+        "bench.* checkpoints.* demo.*",
         "",
     ),
     "kernels.config": ("", ""),
