@@ -47,11 +47,11 @@ class Engine:
         given = {"temperature": 0, "max_tokens": tokens, "logprobs": 8, "ignore_eos": True}
         return SamplingParams(**({"extra_args": extra} | given | more))
 
-    def ask(self, pairs, **more):
-        """Answers to (adapter, number of a prompt), all in one batch."""
+    def ask(self, pairs, lora=None, **more):
+        """Answers to (adapter, number of a prompt), all in one batch and with LoRA or without."""
         prompts = [self.prompts[number] for _, number in pairs]
         params = [self.params(name, **more) for name, _ in pairs]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
         return [self.answer(output) for output in outputs]
 
     def answer(self, output):
@@ -184,12 +184,25 @@ def replaced(engine):
     return said | {"old": engine.wrong()}
 
 
+def beside_lora(engine):
+    """A prefix and a LoRA adapter in one request; and nothing of it in the others that follow."""
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("lora", 1, str(engine.world / "lora"))
+    pairs = [(name, i) for name in ("base", "ours-40") for i in range(len(engine.prompts))] * 2
+    rows = [
+        {"adapter": f"lora:{name}", "prompt": i} | a
+        for (name, i), a in zip(pairs, engine.ask(pairs, request), strict=True)
+    ]
+    return {"rows": rows, "wrong": engine.wrong()}
+
+
 def recompute(engine):
     """A control: with the policy that is refused, a failed load poisons what comes after."""
     return failed_load(engine)
 
 
-SCENARIOS = {f.__name__: f for f in (refusals, failed_load, replaced, recompute)}
+SCENARIOS = {f.__name__: f for f in (refusals, failed_load, replaced, beside_lora, recompute)}
 
 
 def main():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -105,6 +105,19 @@ def answers(folder, name):
     return [answer(model, each) for each in ids]
 
 
+def with_lora(folder, prefix):
+    """What a LoRA adapter, which is made in ``folder``, answers without and with a prefix."""
+    torch.manual_seed(7)
+    targets = ["q_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=8, lora_alpha=64, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(base(), config).eval()
+    model.save_pretrained(folder)
+    ids = [tokenizer()(text)["input_ids"] for text in PROMPTS]
+    alone = [answer(model, each) for each in ids]
+    prefixattn.attach(model.get_base_model(), prefixattn.Prefix.from_pretrained(prefix))
+    return {"lora:base": alone, f"lora:{prefix.name}": [answer(model, each) for each in ids]}
+
+
 def main(folder):
     base().save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
@@ -115,6 +128,7 @@ def main(folder):
         assert found[name] != found["base"], f"{name}: the oracle has lost its prefix"
     save_adapter("ours-40-new", folder / "spare" / "ours-40-new", 99)
     found["ours-40-new"] = answers(folder / "spare" / "ours-40-new", "ours-40-new")
+    found |= with_lora(folder / "lora", folder / "adapters" / "ours-40")
     (folder / "expected.json").write_text(json.dumps({"prompts": PROMPTS, "answers": found}))
 
 
