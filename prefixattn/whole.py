@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -17,33 +18,60 @@ def whole(module: nn.Module) -> Iterator[bool]:
     FSDP2 and tensor parallelism hold DTensors, DeepSpeed's ZeRO-3 empty tensors. Both are gathered,
     which every rank has to take part in; rank 0 writes, and the others wait for it. Where nothing
     is spread, nothing is done, and whoever asks writes.
+
+    Raises:
+        RuntimeError: on the other ranks, where one of them failed within.
     """
     parameters: list[Any] = list(module.parameters())
     if any(_is_parted(parameter) for parameter in parameters):
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(parameters):
+        with deepspeed.zero.GatheredParameters(parameters), _together(parameters[0].device):
             yield dist.get_rank() == 0
-        dist.barrier()
-        return
-    spread: list[tuple[nn.Module, str, Any]] = [
+    elif any(_is_sharded(parameter) for parameter in parameters):
+        with _gathered(module), _together(parameters[0].device):
+            yield dist.get_rank() == 0
+    else:
+        yield True
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Within, whole tensors stand where DTensors were."""
+    places = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
-        if hasattr(parameter, "full_tensor")
+        if _is_sharded(parameter)
     ]
-    if not spread:
-        yield True
-        return
-    found = [nn.Parameter(p.detach().full_tensor(), p.requires_grad) for _, _, p in spread]
+    found: list[Any] = [parameter for _, _, parameter in places]
+    found = [nn.Parameter(p.detach().full_tensor(), p.requires_grad) for p in found]
     try:
-        for (owner, name, _), parameter in zip(spread, found, strict=True):
+        for (owner, name, _), parameter in zip(places, found, strict=True):
             owner._parameters[name] = parameter
-        yield dist.get_rank() == 0
+        yield
     finally:
-        for owner, name, parameter in spread:
-            owner._parameters[name] = parameter
-    dist.barrier()
+        for owner, name, sharded in places:
+            owner._parameters[name] = sharded
+
+
+@contextmanager
+def _together(device: torch.device) -> Iterator[None]:
+    """No rank leaves before all have come to the end, or hears that one of them did not."""
+    failed = torch.ones((), dtype=torch.int32, device=device)
+    own = True
+    try:
+        yield
+        failed.zero_()
+        own = False
+    finally:
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed and not own:
+            raise RuntimeError("another rank could not save: its own error says why")
+
+
+def _is_sharded(parameter: Any) -> bool:
+    return hasattr(parameter, "full_tensor")
 
 
 def _is_parted(parameter: Any) -> bool:

@@ -247,6 +247,30 @@ def exported() -> list[float]:
     return found
 
 
+def told_of_a_failure() -> str:
+    """What each rank is told where rank 0 finds a file in the place of the folder."""
+    folder = Path(tempfile.gettempdir(), "prefixattn-test-file")
+    if dist.get_rank() == 0:
+        folder.touch()
+    dist.barrier()
+    model = make_model()
+    prefix = make_prefix(model)
+    attach(model, prefix)
+    shard(model)
+    try:
+        prefix.save_pretrained(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_save_that_fails_ends_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    first, second = launch(told_of_a_failure, 2)
+    assert "prefixattn-test-file" in first
+    assert second == "RuntimeError: another rank could not save: its own error says why"
+
+
 def with_network(model: Any) -> Prefix:
     torch.manual_seed(3)
     return ProjectedPrefix.for_model(model, LENGTH, hidden_dim=8)
