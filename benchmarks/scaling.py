@@ -121,7 +121,7 @@ def ring(job: Job, cluster: Cluster) -> Iterator[tuple[str, ...]]:
         computed = [part * flops / cluster.attention for part in (1.0, 2.5)]
         ratios = [s / c for s, c in zip(sent, computed, strict=True)]
         # Half of a tree there and back: numbers are gathered, not summed.
-        open_ = [cluster.latency(gpus) / 2, all_reduce(job.layer_bytes, gpus, cluster)]
+        exposed = [cluster.latency(gpus) / 2, all_reduce(job.layer_bytes, gpus, cluster)]
         layer = gpus * sum(computed)  # a step for each rank's keys
         yield (
             f"{gpus:,}",
@@ -130,8 +130,8 @@ def ring(job: Job, cluster: Cluster) -> Iterator[tuple[str, ...]]:
             f"{ratios[0]:.0%}",
             f"{ratios[1]:.0%}",
             f"{round(job.tokens * max(ratios)):,}",
-            f"{1e3 * open_[0]:.2f} + {1e3 * open_[1]:.2f}",
-            f"{sum(open_) / layer:.2%}",
+            f"{1e3 * exposed[0]:.2f} + {1e3 * exposed[1]:.2f}",
+            f"{sum(exposed) / layer:.2%}",
         )
 
 

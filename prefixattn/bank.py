@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from prefixattn import ranks
 from prefixattn.gated import GatedPrefix
 from prefixattn.kept import begin_text
 from prefixattn.layers import (
@@ -413,9 +413,9 @@ class PrefixBank(PrefixSource):
     def _joined(self, use: _Use, pieces: list[list[Pairs]]) -> PrefixBatch:
         shapes = [shape for shape in self._layer_shapes if shape is not None]
         pairs = side_by_side(pieces, shapes, self._like)
-        if _on_several_ranks() and (idle := self._idle(use)):
+        if ranks.on_several() and (idle := self._idle(use)):
             key, value = pairs[0]
-            pairs = [(_WithZeros.apply(key, *idle), value), *pairs[1:]]
+            pairs = [(ranks.WithZeros.apply(key, *idle), value), *pairs[1:]]
         return PrefixBatch(self._spread(pairs), use.index, use.lengths)
 
     def _idle(self, use: _Use) -> list[nn.Parameter]:
@@ -444,24 +444,6 @@ class PrefixBank(PrefixSource):
     def _spread(self, pairs: Pairs) -> list[tuple[Tensor, Tensor] | None]:
         layers = [i for i, shape in enumerate(self._layer_shapes) if shape is not None]
         return spread(pairs, layers, len(self._layer_shapes))
-
-
-class _WithZeros(torch.autograd.Function):
-    """The identity of its first input, with zeros as the gradients of the others."""
-
-    @staticmethod
-    def forward(ctx: Any, key: Tensor, *idle: Tensor) -> Tensor:
-        ctx.idle = [(x.shape, x.dtype, x.device) for x in idle]
-        return key.view_as(key)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        zeros = (torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.idle)
-        return grad, *zeros
-
-
-def _on_several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _folders(path: str | Path) -> dict[str, Path]:

@@ -28,6 +28,7 @@ from prefixattn.layers import (
     check_pairs,
     spread,
 )
+from prefixattn.ranks import whole
 from prefixattn.stored import (
     CONFIG_FILE,
     ENCODER_DECODER_FILE,
@@ -38,7 +39,6 @@ from prefixattn.stored import (
     as_metadata,
     read_config,
 )
-from prefixattn.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -78,6 +78,8 @@ def main(
 
             errors.print("wrote " + ", ".join(map(str, plots.save(records, pictures))))
         return
+    if peaks and (out is None or not out.exists()):
+        raise typer.BadParameter("--peaks: expected a file of rows, --out, to measure them anew")
     try:
         grid = Grid(
             methods=tuple(method or METHODS),

@@ -82,7 +82,8 @@ def run(cell: Cell, place: Place) -> dict[str, Any]:
         return row
     held_out = task.held_out[: sizes.held_out]
     row |= task.measure(ready.model, tokenizer, held_out)
-    return row | {"bytes": saved_bytes(ready)} | _memory(ready, train, tokenizer, sizes)
+    row |= {"bytes": saved_bytes(ready)}
+    return row | {"peak": _peak(ready, train, tokenizer, sizes)}
 
 
 def peak_of(cell: Cell, place: Place) -> int | None:
@@ -90,7 +91,7 @@ def peak_of(cell: Cell, place: Place) -> int | None:
     task = _task(cell.task, place.text, place.tokenizer)
     train, _ = task.draw(cell.examples, place.sizes.validation, cell.seed)
     ready = METHODS[cell.method].prepare(_start(train, place, cell.seed))
-    return _memory(ready, train, _tokenizer(place.tokenizer), place.sizes)["peak"]
+    return _peak(ready, train, _tokenizer(place.tokenizer), place.sizes)
 
 
 def fit(
@@ -148,15 +149,15 @@ def saved_bytes(ready: Ready) -> int:
         return sum(file.stat().st_size for file in files if file.name != "README.md")
 
 
-def _memory(
+def _peak(
     ready: Ready, train: Sequence[Example], tokenizer: PreTrainedTokenizerFast, sizes: Sizes
-) -> dict[str, int | None]:
+) -> int | None:
     """The peak of a step over the longest examples, beyond the model.
 
     Gradients and the optimizer's state are in it: they are what few parameters save.
     """
     if not ready.groups:
-        return {"peak": None}
+        return None
     longest = sorted(train, key=lambda example: example.num_tokens)[-sizes.batch :]
     batch = training_batch(longest, _pad(tokenizer))
     ready.model.train()
@@ -169,7 +170,7 @@ def _memory(
         optimizer.step()
         return optimizer
 
-    return {"peak": peak_memory(step, "cpu")}
+    return peak_memory(step, "cpu")
 
 
 def _start(train: Sequence[Example], place: Place, seed: int) -> Start:

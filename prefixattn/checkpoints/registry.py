@@ -19,9 +19,9 @@ from prefixattn.layers import Positions
 from prefixattn.positions import move_prefix
 from prefixattn.prefix import Prefix
 from prefixattn.projected import ProjectedPrefix
+from prefixattn.ranks import whole
 from prefixattn.stored import CONFIG_FILE as PREFIX_FILE
 from prefixattn.stored import ENCODER_DECODER_FILE
-from prefixattn.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

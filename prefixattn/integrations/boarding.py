@@ -316,9 +316,8 @@ def _spans(cache: Any, slots: Sequence[Slot], length: int) -> tuple[list[Span], 
     own = [slot for slot in slots if not slot.crosses]
     if cache is None or not own:
         return [Span(length, None)] * len(slots), 0
-    if not hasattr(
-        cache, "get_mask_sizes"
-    ):  # paged: a batch that began before the prefix was there
+    # A paged cache: continuous batching that began before the prefix was there.
+    if not hasattr(cache, "get_mask_sizes"):
         raise NotImplementedError(
             f"a {type(cache).__name__} shares blocks by tokens alone, and would lose the prefix: "
             f"{BATCHING_WORDS}"

@@ -4,9 +4,10 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from prefixattn.ranks import on_several
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -35,7 +36,7 @@ class AsAttached:
         Raises:
             RuntimeError: the model was wrapped before it had its prefix, or without it.
         """
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not on_several():
             return
         trained = [parameter for parameter in parameters() if parameter.requires_grad]
         wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from prefixattn.bench import cli, growth, records
+from prefixattn.bench import cli, growth, records, tables
 from prefixattn.bench.figures import table
 from prefixattn.bench.page import html, pictures
 from prefixattn.bench.plots import COLOURS, MARKERS
@@ -105,6 +107,22 @@ def test_a_wrong_point_of_a_curve_is_named(made: Make) -> None:
 def test_memory_is_said_from_the_first_to_the_last_point(results: list[Record]) -> None:
     ((_, _, said),) = growth.sentences(records.rows_of(results))
     assert said[-1].startswith("MiB that peak memory grows by, P = 16 to 256: ours-cpu 240.0")
+
+
+def test_the_memory_suite_shows_memory(header: Record, made: Callable[..., Record]) -> None:
+    rows = [
+        made("ours-cpu", suite="memory", peak=3 * 2**20),
+        made("merge", suite="memory", state="wrong", reason="a scale"),
+        made("cat+math", suite="memory", peak=None),
+    ]
+    *_, heads, _, cells = table([header, *rows], ("memory",)).split("\n\n")[-2].split("\n")
+    assert heads == "| shape | pass | ours-cpu | cat+math | merge |"
+    assert cells.endswith("| 3.0 |  | wrong |")
+    console = Console(width=200, record=True, file=io.StringIO())
+    for shown in tables.of_rows(rows, ("memory",)):
+        console.print(shown)
+    assert "MiB at the peak" in (text := console.export_text())
+    assert "3.0" in text
 
 
 def test_the_markdown_is_the_file(results: list[Record]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,8 @@ WRONG_WORDS = {
     "a shape": (["--suite", "tiny", "--shape", "big"], "expected some of tiny:B2,M5,P3,float32"),
     "a provider": (["--suite", "tiny", "--provider", "x"], "expected some of ours-triton"),
     "a device": (["--suite", "tiny", "--device", "tpu"], "expected cpu or cuda, got tpu"),
+    "no seconds": (["--suite", "tiny", "--seconds", "inf"], "--seconds: expected a number"),
+    "a table of no suite": (["markdown", "f.jsonl", "--suite", "all"], "expected one of prefill"),
     "a page of nothing": (["page", "nothing.jsonl"], "nothing.jsonl"),
 }
 
@@ -196,6 +199,11 @@ def test_an_unknown_name_is_refused_with_the_known(words: list[str], message: st
     result = RUN.invoke(cli.app, words, env={"COLUMNS": "4000"})
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_shape_may_be_named_by_its_model() -> None:
+    assert len(selection(shapes=("tiny",)).cases()) == 2
+    assert len(selection(shapes=("tiny:B2,M5,P3,float32",)).cases()) == 1
 
 
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -300,6 +308,25 @@ def test_a_commit_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(machine, "__file__", str(stray))
     stray.parent.mkdir(parents=True)
     assert machine.commit() == ""
+
+
+def test_a_commit_is_dirty_where_its_code_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "package"
+    (package / "bench").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(machine, "__file__", str(package / "bench" / "machine.py"))
+    clean = machine.commit()
+    assert clean
+    assert not clean.endswith("-dirty")
+    (tmp_path / "results.jsonl").touch()
+    assert machine.commit() == clean
+    (package / "api.py").touch()
+    assert machine.commit() == f"{clean}-dirty"
 
 
 def test_records_are_json(tmp_path: Path) -> None:

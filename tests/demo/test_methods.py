@@ -107,7 +107,10 @@ def test_an_interruption_is_heard(results, folder):
     process = subprocess.Popen(
         [*command, "--cache", folder / "cache"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    while not (folder / "cut.jsonl").exists() or len((folder / "cut.jsonl").read_text()) < 2:
+    deadline = time.monotonic() + 120
+    while not (folder / "cut.jsonl").exists() or "run" not in (folder / "cut.jsonl").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)

@@ -72,9 +72,14 @@ def on_one_process(make: Callable[[Any], Prefix] = make_prefix) -> tuple[Tensor,
     return loss, [parameter.grad for parameter in prefix.parameters()]
 
 
+def whole(x: Any) -> Tensor:
+    """A DTensor's own, all of it."""
+    found: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return found
+
+
 def error_of(prefix: Prefix, expected: list[Tensor]) -> float:
-    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-             for p in prefix.parameters()]  # fmt: skip
+    grads = [whole(p.grad) for p in prefix.parameters()]
     pairs = zip(grads, expected, strict=True)
     return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
 
@@ -157,8 +162,7 @@ def bank_error(wrap: Callable[[Any], Any]) -> float:
         bank.zero_grad()
         with bank.use(USED[dist.get_rank() * own :][:own]):
             step(wrapped, own_rows())
-    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-             for p in bank.parameters()]  # fmt: skip
+    grads = [whole(p.grad) for p in bank.parameters()]
     scale = max(y.abs().max() for y in expected)
     return max(float((x - y).abs().max() / scale) for x, y in zip(grads, expected, strict=True))
 
@@ -213,10 +217,10 @@ def unreduced() -> list[str]:
 
 def test_what_nothing_would_reduce_is_refused() -> None:
     for found in launch(unreduced, 2):
-        early, layers, sharded = found
+        early, layers, late = found
         assert "attach first, then wrap" in early
         assert "fully_shard(model) too" in layers
-        assert "before fully_shard" in sharded
+        assert "before fully_shard" in late
 
 
 def exported() -> list[float]:
@@ -236,9 +240,7 @@ def exported() -> list[float]:
             read = Prefix.from_pretrained(
                 folder / name / label if name == "bank" else folder / name
             )
-            own = {k: x.full_tensor() if hasattr(x, "full_tensor") else x
-                   for k, x in member.named_parameters()}  # fmt: skip
-            pairs = zip(read.parameters(), own.values(), strict=True)
+            pairs = zip(read.parameters(), map(whole, member.parameters()), strict=True)
             found.append(max(float((x - y).abs().max().detach()) for x, y in pairs))
         if name == "prefix":
             save(prefix, folder / "peft", "peft")

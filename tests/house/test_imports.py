@@ -52,14 +52,14 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "kept": ("torch", ""),
     "stored": ("torch safetensors files layers", ""),
     "initialise": ("torch layers", "integrations.*"),
-    "whole": ("torch", "deepspeed"),
-    "prefix": ("torch files initialise kept layers stored whole", "deepspeed"),
+    "ranks": ("torch", "deepspeed"),
+    "prefix": ("torch files initialise kept layers ranks stored", "deepspeed"),
     "projected": ("torch files initialise layers prefix stored", ""),
     "gated": ("torch files initialise layers prefix stored", ""),
     "external": ("torch initialise layers", ""),
     "positions": ("torch initialise prefix projected", "integrations.*"),
     "tables": ("torch kept layers", ""),
-    "bank": ("torch gated kept layers prefix stored tables", ""),
+    "bank": ("torch gated kept layers prefix ranks stored tables", ""),
     "encoder_decoder": ("torch bank files layers prefix stored", ""),
     "distill": ("torch", ""),
     "distributed": ("distributed.layout distributed.ring", ""),
@@ -73,7 +73,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "distributed.sharding": ("torch problem", ""),
     "checkpoints.*": (
         "torch safetensors files layers stored initialise prefix projected gated encoder_decoder "
-        "positions whole checkpoints.*",
+        "positions ranks checkpoints.*",
         "",
     ),
     "vllm": ("vllm.versions", "vllm.*"),
@@ -94,7 +94,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "__main__": ("cli", ""),
     "integrations": ("", "integrations.*"),
     "integrations.*": (
-        f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix checkpoints.* "
+        f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix ranks checkpoints.* "
         "integrations.*",
         "",
     ),

@@ -1,4 +1,4 @@
-"""`python transformers_serve.py MODEL [batching]`: what transformers' own server answers.
+"""`python transformers_serve.py MODEL [batching] [begun]`: what transformers' own server answers.
 
 Without a prefix, with one attached to the model that it serves, and once that is detached; and what
 ``generate`` says with the prefix. Prints a line of JSON.
@@ -53,7 +53,8 @@ def main():
 
     manager = serve._model_manager
     model, tokenizer = manager.load_model_and_processor(manager.process_model_name(folder))
-    said = {} if batching else {"before": ask()}
+    begun = not batching or "begun" in sys.argv
+    said = {"before": ask()} if begun else {}
     prefix = prefixattn.Prefix.random(model, 6, 2.0, torch.Generator().manual_seed(0))
     handle = prefixattn.attach(model, prefix)
     said["attached"] = ask()

@@ -1,4 +1,4 @@
-"""Parameters that a library has spread over ranks, whole for as long as something reads them."""
+"""What several processes that share one prefix do together: whole parameters, equal gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+
+def on_several() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class WithZeros(torch.autograd.Function):
+    """The identity of its first input, with zeros as the gradients of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, *idle: Tensor) -> Tensor:
+        ctx.idle = [(x.shape, x.dtype, x.device) for x in idle]
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.idle)
+        return grad, *zeros
 
 
 @contextmanager
