@@ -203,8 +203,9 @@ class Repeated:
             assert isinstance(out, Tensor)  # and not the pair that return_lse gives
             return out
         like = quick.likeness(*tensors), is_causal, scale
-        if self._last is not None and self._last[0] == like:
-            return self._last[1](*tensors, with_lse=False)[0]
+        last = self._last  # which another thread may replace
+        if last is not None and last[0] == like:
+            return last[1](*tensors, with_lse=False)[0]
         run = None
         if quick.takes(*tensors):
             given = (is_causal, scale, implementation)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefixattn import ranks
 from prefixattn.gated import GatedPrefix
+from prefixattn.in_use import InUse
 from prefixattn.kept import begin_text
 from prefixattn.layers import (
     LayerShape,
@@ -69,7 +70,8 @@ class PrefixBank(PrefixSource):
         budget_bytes: what the tables may take; entries in use longest ago make room. A slot takes
             as many bytes as the longest entry, in the bank's dtype (``bank.to(torch.bfloat16)``).
 
-    A bank serves one thread at a time, which may be another than that which entered ``use``.
+    A bank serves one thread at a time, which may be another than that which entered ``use``; a
+    second thread's ``use`` meanwhile is refused.
 
     Raises:
         ValueError: no members, members whose layers differ, or gates, which all rows share.
@@ -100,7 +102,7 @@ class PrefixBank(PrefixSource):
         self._broken: dict[int, str] = {}  # those that cannot be read, and why
         self._lengths: dict[int, int] = {}  # tokens of each that can be read
         self._layer_shapes: list[LayerShape | None] = []
-        self._uses: list[_Use] = []  # the innermost comes last
+        self._uses: InUse[_Use] = InUse()
         self._ready: PrefixBatch | None = None  # of the innermost use, out of the tables
         self._tables = Tables(capacity, budget_bytes)
         self._closed = False
@@ -136,7 +138,7 @@ class PrefixBank(PrefixSource):
     @property
     def num_tokens(self) -> int:
         """``P``, the tokens of the longest member, or of the longest row in use."""
-        rows = [self._length(entry) for use in self._uses for entry in use.entries]
+        rows = [self._length(entry) for use in self._uses.items for entry in use.entries]
         return max([*self._lengths.values(), *rows])
 
     @property
@@ -167,7 +169,7 @@ class PrefixBank(PrefixSource):
             IndexError, KeyError: no such member.
             TypeError: something that is no member.
             ValueError: no rows, a damaged or changed file, or more than ``budget_bytes``.
-            RuntimeError: the bank was closed.
+            RuntimeError: the bank was closed, or is in use by another thread.
         """
         if self._closed:
             raise RuntimeError("the bank was closed")
@@ -187,12 +189,12 @@ class PrefixBank(PrefixSource):
         compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if compiling and not trains and self._ready is not None:
             return self._ready
-        if not self._uses:
+        use = self._uses.innermost
+        if use is None:
             raise RuntimeError(
                 "no members are in use: run the model within `with bank.use([0, ...]):`, one "
                 "member for each row of the batch, -1 for none"
             )
-        use = self._uses[-1]
         if compiling or trains:
             return self._stacked(use)
         if self._ready is None or not self._current(use):
@@ -224,7 +226,7 @@ class PrefixBank(PrefixSource):
 
     def close(self) -> None:
         """Let go of what was loaded; nothing can be used any more."""
-        if self._uses:
+        if self._uses.items:
             raise RuntimeError("the bank cannot be closed within `with bank.use(...)`")
         self._closed = True
         self._tables.clear()
@@ -234,7 +236,7 @@ class PrefixBank(PrefixSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not in use."""
-        return vars(self) | {"_uses": [], "_ready": None}
+        return vars(self) | {"_uses": InUse(), "_ready": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._tables.clear()
@@ -332,17 +334,16 @@ class PrefixBank(PrefixSource):
     @contextmanager
     def _using(self, use: _Use) -> Iterator[None]:
         begin_text()
-        self._uses.append(use)
-        before, self._ready = self._ready, None
-        try:
-            if self._trains(use):
-                self._tables.doubt({place for entry in use.entries for place in entry})
-            else:
-                self._ready = self._prepared(use)
-            yield
-        finally:
-            self._uses.remove(use)
-            self._ready = before
+        with self._uses.hold(use, self):
+            before, self._ready = self._ready, None
+            try:
+                if self._trains(use):
+                    self._tables.doubt({place for entry in use.entries for place in entry})
+                else:
+                    self._ready = self._prepared(use)
+                yield
+            finally:
+                self._ready = before
 
     def _trains(self, use: _Use) -> bool:
         """Whether all that is in use will be taken from modules, with gradients."""
@@ -370,7 +371,7 @@ class PrefixBank(PrefixSource):
 
     def _prepared(self, use: _Use) -> PrefixBatch:
         """The tables, with all that is in use in them."""
-        entries = list(dict.fromkeys(entry for use in self._uses for entry in use.entries))
+        entries = list(dict.fromkeys(entry for use in self._uses.items for entry in use.entries))
         shapes = [shape for shape in self._layer_shapes if shape is not None]
         self._tables.reserve(shapes, max(1, len(entries)), self.num_tokens, self._like)
         for entry in entries:

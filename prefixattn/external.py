@@ -1,11 +1,12 @@
 """Keys and values that another network computes, as a hyper-network does."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from prefixattn.in_use import InUse
 from prefixattn.initialise import places_in
 from prefixattn.layers import (
     LayerShape,
@@ -51,7 +52,7 @@ class ExternalPrefix(PrefixSource):
         self._num_tokens = num_tokens
         self._num_layers = len(shapes) if num_layers is None else num_layers
         self.layers = check_layers(layers, self._num_layers, len(shapes))
-        self._pairs: list[tuple[Tensor, Tensor]] | None = None
+        self._uses: InUse[list[tuple[Tensor, Tensor]]] = InUse()
 
     @classmethod
     def for_model(
@@ -87,25 +88,21 @@ class ExternalPrefix(PrefixSource):
         Contexts nest. Raises at once:
             ValueError: shapes that are not those of the model.
             TypeError: something that is not a floating-point tensor.
+
+        On entering:
+            RuntimeError: another thread has keys and values in use.
         """
-        return self._using(self._checked(keys, values))
+        return self._uses.hold(self._checked(keys, values), self)
 
     def batch(self) -> PrefixBatch:
         """What the forward of the model attends to: one entry for all rows, or one for each."""
-        if self._pairs is None:
+        pairs = self._uses.innermost
+        if pairs is None:
             raise RuntimeError(
                 "no keys and values are in use: run the model within "
                 "`with prefix.use(keys, values):`"
             )
-        return PrefixBatch(spread(self._pairs, self.layers, self._num_layers))
-
-    @contextmanager
-    def _using(self, pairs: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        before, self._pairs = self._pairs, pairs
-        try:
-            yield
-        finally:
-            self._pairs = before
+        return PrefixBatch(spread(pairs, self.layers, self._num_layers))
 
     def _checked(
         self, keys: Sequence[Tensor], values: Sequence[Tensor]

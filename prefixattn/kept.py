@@ -89,31 +89,40 @@ def unchanged(tensors: Sequence[Tensor], before: list[Seen] | None) -> bool:
     return True
 
 
+class _Known(NamedTuple, Generic[T]):
+    """A result, and what it was computed from."""
+
+    text: int
+    options: object
+    seen: list[Seen] | None
+    result: T
+
+
 class Kept(Generic[T]):
     """Keeps a result while a text is decoded, where it would be the same in every token.
 
     Anywhere else it is computed each time: fused optimizers and ``.data`` change numbers that no
-    tensor counts, but not in the middle of a text.
+    tensor counts, but not in the middle of a text. Threads may share one: each finds what it kept
+    itself, or computes it again.
     """
 
     def __init__(self) -> None:
-        self._seen: list[Seen] | None = None
-        self._result: T | None = None
-        self._text = 0
+        self._known: _Known[T] | None = None  # replaced whole: other threads read it meanwhile
 
-    def of(self, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
-        """The result of ``make``, which depends on ``tensors`` alone."""
+    def of(self, tensors: Sequence[Tensor], make: Callable[[], T], options: object = None) -> T:
+        """The result of ``make``, which depends on ``tensors`` and ``options`` alone."""
         if torch.compiler.is_compiling():
             return make()
         if torch.is_grad_enabled() or not _now.continues:
-            self._seen = self._result = None
+            self._known = None
             return make()
-        if self._text != _now.text or not unchanged(tensors, self._seen):
+        known, at = self._known, (_now.text, options)
+        if known is None or at != known[:2] or not unchanged(tensors, known.seen):
             with torch.inference_mode(False), torch.no_grad():
-                self._seen, self._result, self._text = Seen.of(tensors), make(), _now.text
-        assert self._result is not None
-        return self._result
+                known = _Known(*at, Seen.of(tensors), make())
+            self._known = known
+        return known.result
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles need not hold what can be computed again."""
-        return {"_seen": None, "_result": None, "_text": 0}
+        return {"_known": None}

@@ -64,7 +64,6 @@ class Entries:
 
     def __init__(self) -> None:
         self._kept: Kept[list[tuple[Tensor, Tensor] | None]] = Kept()
-        self._dtype: torch.dtype | None = None
         self._made: tuple[tuple[object, ...], list[Entry | None]] | None = None
 
     def of(self, batch: PrefixBatch, dtype: torch.dtype, rows: Rows) -> list[Entry | None]:
@@ -73,8 +72,9 @@ class Entries:
         if torch.compiler.is_compiling():
             return _entries(pairs, batch, rows)
         parts = (pairs, rows.index, batch.lengths, batch.gates)
-        if self._made is not None and all(map(is_, self._made[0], parts)):
-            return self._made[1]
+        made = self._made  # which another thread may replace
+        if made is not None and all(map(is_, made[0], parts)):
+            return made[1]
         found = _entries(pairs, batch, rows)
         self._made = None if torch.is_grad_enabled() else (parts, found)  # holds no graph
         return found
@@ -89,11 +89,10 @@ class Entries:
         tensors = [x for pair in pairs if pair for x in pair]
         if all(x.dtype == dtype for x in tensors):
             return pairs
-        if dtype != self._dtype:
-            self._kept, self._dtype = Kept(), dtype
         return self._kept.of(
             tensors,
             lambda: [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs],
+            options=dtype,
         )
 
 

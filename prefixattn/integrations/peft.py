@@ -121,7 +121,6 @@ class PeftSource:
         self.slots = list(slots)
         self._traced: tuple[Sequence[str] | None, ...] = ()  # the same, for a compiler
         self._ready: Kept[PrefixBatch] = Kept()
-        self._ready_for: Any = None
         self._active: Adapter | None = None
         self.note_active()
 
@@ -138,9 +137,7 @@ class PeftSource:
         if torch.compiler.is_compiling() or any(not isinstance(x, nn.Parameter) for x in flats):
             return self._batch(adapters, flats, chosen)
         # What a decoded token needs is the same as for the one before it.
-        if self._ready_for != chosen:
-            self._ready, self._ready_for = Kept(), chosen
-        return self._ready.of(flats, lambda: self._batch(adapters, flats, chosen))
+        return self._ready.of(flats, lambda: self._batch(adapters, flats, chosen), options=chosen)
 
     @property
     def active(self) -> Adapter | None:

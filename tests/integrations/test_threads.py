@@ -3,6 +3,7 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from prefixattn import Prefix
+from prefixattn.kept import Kept, forward
 
 ROUNDS = 60
 
@@ -24,28 +26,34 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def forwards(model: Any, rows: list[Tensor], expected: list[Tensor]) -> list[str]:
-    """What goes wrong while each thread runs a row of its own."""
+def together(*works: Callable[[], object]) -> list[str]:
+    """What goes wrong while each runs in a thread of its own; they say so by raising."""
     wrong: list[str] = []
 
-    def work(row: Tensor, wanted: Tensor) -> None:
-        with torch.no_grad():
-            for _ in range(ROUNDS):
-                try:
-                    error = float((model(row).logits - wanted).abs().max())
-                except Exception as failed:
-                    wrong.append(str(failed))
-                else:
-                    if error > 1e-4 * float(wanted.abs().max()):
-                        wrong.append(f"off by {error}")
+    def run(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as failed:
+            wrong.append(f"{type(failed).__name__}: {failed}")
 
-    pairs = zip(rows, expected, strict=True)
-    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return wrong
+
+
+def forwards(model: Any, rows: list[Tensor], expected: list[Tensor]) -> list[str]:
+    """What goes wrong while each thread runs a row of its own."""
+
+    @torch.no_grad()
+    def work(row: Tensor, wanted: Tensor) -> None:
+        for _ in range(ROUNDS):
+            error = float((model(row).logits - wanted).abs().max())
+            assert error <= 1e-4 * float(wanted.abs().max()), f"off by {error}"
+
+    return together(*[partial(work, *pair) for pair in zip(rows, expected, strict=True)])
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "nemotron", "bloom", "gptj"])
@@ -74,3 +82,26 @@ def test_a_table_that_counts_for_itself(attach: Any, hasty: None) -> None:
     with torch.no_grad():
         expected = [model(row).logits for row in rows]
     assert forwards(model, rows, expected) == []
+
+
+def test_what_is_kept_for_a_text(hasty: None) -> None:
+    """Each thread finds the numbers of its own tensors, though others begin texts meanwhile."""
+    kept: Kept[int] = Kept()
+
+    @torch.no_grad()
+    def work(number: int) -> None:
+        tensors = [torch.zeros(number)] * 6
+        for _ in range(2000):
+            for continues in (False, True, True, True):
+                with forward(continues):
+                    found = kept.of(tensors, lambda: number, options=number)
+                assert found == number
+
+    assert together(*[partial(work, number) for number in (1, 2, 3)]) == []
+
+
+def test_what_was_kept_for_other_options_is_not_used() -> None:
+    kept: Kept[str] = Kept()
+    with torch.no_grad(), forward(continues=True):
+        found = [kept.of([], lambda name=name: name, options=name) for name in "aab"]  # type: ignore[misc]
+    assert found == ["a", "a", "b"]
