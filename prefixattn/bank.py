@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefixattn import ranks
 from prefixattn.gated import GatedPrefix
 from prefixattn.in_use import InUse
-from prefixattn.kept import begin_text
+from prefixattn.kept import begin_text, stores
 from prefixattn.layers import (
     LayerShape,
     Positions,
@@ -359,9 +359,7 @@ class PrefixBank(PrefixSource):
     def _tensors(self, entry: Entry) -> list[Tensor]:
         """What the numbers of an entry depend on; those out of files do not change."""
         roots = [m for m in map(self._module, entry) if m is not None]
-        # Each decoded token asks for this: parameters() and buffers() would take twice as long.
-        tables = [t for r in roots for m in r.modules() for t in (m._parameters, m._buffers)]
-        return [x for table in tables for x in table.values() if x is not None]
+        return [x for r in roots for store in stores(r) for x in store.values() if x is not None]
 
     def _current(self, use: _Use) -> bool:
         """Whether the tables still hold what is in use."""

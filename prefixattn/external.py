@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prefixattn.in_use import InUse
 from prefixattn.initialise import places_in
+from prefixattn.kept import Kept
 from prefixattn.layers import (
     LayerShape,
     PrefixBatch,
@@ -53,6 +54,7 @@ class ExternalPrefix(PrefixSource):
         self._num_layers = len(shapes) if num_layers is None else num_layers
         self.layers = check_layers(layers, self._num_layers, len(shapes))
         self._uses: InUse[list[tuple[Tensor, Tensor]]] = InUse()
+        self._ready: Kept[PrefixBatch] = Kept()
 
     @classmethod
     def for_model(
@@ -102,7 +104,10 @@ class ExternalPrefix(PrefixSource):
                 "no keys and values are in use: run the model within "
                 "`with prefix.use(keys, values):`"
             )
-        return PrefixBatch(spread(pairs, self.layers, self._num_layers))
+        return self._ready.of(
+            [x for pair in pairs for x in pair],
+            lambda: PrefixBatch(spread(pairs, self.layers, self._num_layers)),
+        )
 
     def _checked(
         self, keys: Sequence[Tensor], values: Sequence[Tensor]

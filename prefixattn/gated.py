@@ -1,7 +1,6 @@
 """A prefix with a gate per head: the form of LLaMA-Adapter."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from prefixattn.files import check_floating
 from prefixattn.initialise import Start, master_copy
-from prefixattn.layers import Options, Positions, PrefixBatch, Training, describe, spread
+from prefixattn.layers import Options, Positions, Training, describe, spread
 from prefixattn.prefix import Prefix
 from prefixattn.stored import TENSORS_FILE, StoredPrefix
 
@@ -79,9 +78,8 @@ class GatedPrefix(Prefix, kind="gated"):
         """Query heads per layer of the model, None where it has no prefix."""
         return spread([len(gate) for gate in self.gates], self.layers, self.num_layers)
 
-    def batch(self) -> PrefixBatch:
-        """What a forward of the model attends to: one entry for all rows, and the gates."""
-        return replace(super().batch(), gates=spread(self.gates, self.layers, self.num_layers))
+    def _gates(self) -> list[Tensor | None]:
+        return spread(self.gates, self.layers, self.num_layers)
 
     @classmethod
     def _started(cls, start: Start, training: Training) -> "GatedPrefix":

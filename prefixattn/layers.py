@@ -79,7 +79,10 @@ class PrefixSource(nn.Module):
         return len(self.layer_shapes)
 
     def batch(self) -> PrefixBatch:
-        """What a forward of the model attends to. Called once per forward."""
+        """What a forward of the model attends to. Called once per forward.
+
+        The same object as for the token before says that its numbers are the same.
+        """
         raise NotImplementedError
 
 

@@ -17,7 +17,7 @@ from prefixattn.initialise import (
     start_at_random,
     start_from_text,
 )
-from prefixattn.kept import Kept
+from prefixattn.kept import Kept, stores
 from prefixattn.layers import (
     LayerShape,
     Positions,
@@ -176,7 +176,7 @@ class Prefix(PrefixSource):
 
         def make() -> PrefixBatch:
             pairs = [(self._dropped(k)[None], self._dropped(v)[None]) for k, v in self()]
-            return PrefixBatch(spread(pairs, self.layers, self.num_layers))
+            return PrefixBatch(spread(pairs, self.layers, self.num_layers), gates=self._gates())
 
         if self.training and self.dropout:
             return make()
@@ -184,8 +184,11 @@ class Prefix(PrefixSource):
 
     def _depends(self) -> list[Tensor]:
         """The tensors that the keys and values are computed from."""
-        held = [store for m in self.modules() for store in (m._parameters, m._buffers)]
-        return [x for store in held for x in store.values() if x is not None]
+        return [x for store in stores(self) for x in store.values() if x is not None]
+
+    def _gates(self) -> Sequence[Tensor | None] | None:
+        """Per layer of the model, for a kind that has gates."""
+        return None
 
     def _dropped(self, tensor: Tensor) -> Tensor:
         if not (self.training and self.dropout):

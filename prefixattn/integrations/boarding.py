@@ -159,10 +159,11 @@ class Boarding:
 
     def _check_implementation(self, stack: PreTrainedModel) -> None:
         for config in self.configs:
-            if config._attn_implementation != NAME:
+            found = config._attn_implementation_internal  # which the public name takes longer for
+            if found != NAME:
                 raise RuntimeError(
                     f"{type(stack).__name__} has a prefix, but its attention implementation is "
-                    f"now {config._attn_implementation!r}: it would be lost. detach() first"
+                    f"now {found!r}: it would be lost. detach() first"
                 )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -199,22 +200,16 @@ class Boarding:
     ) -> list[Entry | None]:
         """Each slot's entry; the text is moved behind the prefix that stands before it."""
         places, text, cached = where
-        device = inputs.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        else:
-            dtype = stack.dtype
         self.places.forget()
         found: list[Entry | None] = []
         for place, (group, batch) in enumerate(zip(self.groups, batches, strict=True)):
             if batch is None:
                 found += [None] * len(group.slots)
                 continue
-            rows, entries = Rows.of(batch, inputs), self.entries[place]
+            rows, own = self.entries[place].of(batch, stack, inputs)
             if not torch.compiler.is_compiling() and rows.most > self.longest[place]:
                 self.longest[place] = rows.most
                 self._warn_of_dead_tokens(stack, len(found), group, rows.most)
-            own = entries.of(batch, dtype, rows)
             if group.crosses:
                 found += own
                 continue
@@ -226,9 +221,11 @@ class Boarding:
         return found
 
     def _biased(
-        self, group: Group, entries: Sequence[Entry | None], text: Tensor, rows: Rows
+        self, group: Group, entries: list[Entry | None], text: Tensor, rows: Rows
     ) -> list[Entry | None]:
         """The entries with their part of a relative bias, computed once for those that share it."""
+        if not self.places.biases:
+            return entries
         biases: dict[int, Tensor] = {}
         found: list[Entry | None] = []
         for owner, entry in zip(group.owners, entries, strict=True):

@@ -1,14 +1,14 @@
 """A prefix in the form that the attention takes, made once for as long as it stays the same."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from prefixattn.integrations.carrier import Entry
-from prefixattn.kept import Kept
+from prefixattn.kept import current_text
 from prefixattn.layers import PrefixBatch
 
 
@@ -59,48 +59,54 @@ class Rows:
         return cls(index, lengths, lengths[:, None], most)
 
 
+class Boarded(NamedTuple):
+    """A batch as one stack of layers takes it: one entry per layer, None where it has none."""
+
+    rows: Rows
+    entries: list[Entry | None]
+
+
+class _Made(NamedTuple):
+    batch: PrefixBatch
+    like: tuple[object, ...]
+    boarded: Boarded
+
+
 class Entries:
-    """A batch's tensors, in the dtype that the layers compute in, made once for all tokens."""
+    """A batch in the dtype that the layers compute in, made once for all tokens of a text."""
 
     def __init__(self) -> None:
-        self._kept: Kept[list[tuple[Tensor, Tensor] | None]] = Kept()
-        self._made: tuple[tuple[object, ...], list[Entry | None]] | None = None
+        self._made: _Made | None = None  # replaced whole: other threads read it meanwhile
 
-    def of(self, batch: PrefixBatch, dtype: torch.dtype, rows: Rows) -> list[Entry | None]:
-        """One entry per layer, None where a layer has none."""
-        pairs = self._cast(batch.pairs, dtype)
-        if torch.compiler.is_compiling():
-            return _entries(pairs, batch, rows)
-        parts = (pairs, rows.index, batch.lengths, batch.gates)
-        made = self._made  # which another thread may replace
-        if made is not None and all(map(is_, made[0], parts)):
-            return made[1]
-        found = _entries(pairs, batch, rows)
-        self._made = None if torch.is_grad_enabled() else (parts, found)  # holds no graph
-        return found
+    def of(self, batch: PrefixBatch, stack: PreTrainedModel, inputs: Tensor) -> Boarded:
+        """For a forward of ``stack``, whose text is ``inputs [B, M, ...]``."""
+        autocast = _autocast_dtype(inputs.device.type)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._made = None  # it would hold a graph
+            return _boarded(batch, autocast or stack.dtype, inputs)
+        made, like = self._made, (current_text(), autocast, inputs.shape[0], inputs.device)
+        if made is None or made.batch is not batch or made.like != like:
+            boarded = _boarded(batch, autocast or stack.dtype, inputs)
+            self._made = made = _Made(batch, like, boarded)
+        return made.boarded
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles need not hold what can be made again."""
-        return self.__dict__ | {"_made": None}
-
-    def _cast(
-        self, pairs: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype
-    ) -> Sequence[tuple[Tensor, Tensor] | None]:
-        tensors = [x for pair in pairs if pair for x in pair]
-        if all(x.dtype == dtype for x in tensors):
-            return pairs
-        return self._kept.of(
-            tensors,
-            lambda: [None if p is None else (p[0].to(dtype), p[1].to(dtype)) for p in pairs],
-            options=dtype,
-        )
+        return {"_made": None}
 
 
-def _entries(
-    pairs: Sequence[tuple[Tensor, Tensor] | None], batch: PrefixBatch, rows: Rows
-) -> list[Entry | None]:
-    gates = batch.gates or [None] * len(pairs)
-    return [
-        None if pair is None else Entry(*pair, rows.index, batch.lengths, gate)
-        for pair, gate in zip(pairs, gates, strict=True)
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _boarded(batch: PrefixBatch, dtype: torch.dtype, inputs: Tensor) -> Boarded:
+    rows, gates = Rows.of(batch, inputs), batch.gates or [None] * len(batch.pairs)
+    entries = [
+        None
+        if pair is None
+        else Entry(pair[0].to(dtype), pair[1].to(dtype), rows.index, batch.lengths, gate)
+        for pair, gate in zip(batch.pairs, gates, strict=True)
     ]
+    return Boarded(rows, entries)

@@ -76,11 +76,32 @@ class OwnHeads:
     def __init__(self, source: Source, groups: Sequence[dist.ProcessGroup | None]) -> None:
         self.source = source
         self.groups = groups
+        self._last: tuple[PrefixBatch, PrefixBatch] | None = None  # whole, and this rank's part
 
     def __call__(self) -> PrefixBatch | None:
         batch = self.source()
-        if batch is None:
-            return None
+        if batch is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None if batch is None else self._part_of(batch)
+        last = self._last
+        if last is None or last[0] is not batch:
+            self._last = last = batch, self._part_of(batch)
+        return last[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles need not hold what can be made again."""
+        return vars(self) | {"_last": None}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of the source."""
+        return self.source.parameters
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the source."""
+        return self.source.num_tokens
+
+    def _part_of(self, batch: PrefixBatch) -> PrefixBatch:
         gates = batch.gates or [None] * len(batch.pairs)
         pairs: list[tuple[Tensor, Tensor] | None] = []
         own_gates: list[Tensor | None] = []
@@ -93,16 +114,6 @@ class OwnHeads:
             pairs.append(pair)
             own_gates.append(gate)
         return replace(batch, pairs=pairs, gates=own_gates if batch.gates else None)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Of the source."""
-        return self.source.parameters
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the source."""
-        return self.source.num_tokens
 
 
 def _own(tensors: Sequence[Tensor], dim: int, group: dist.ProcessGroup) -> tuple[Tensor, ...]:

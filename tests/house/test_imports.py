@@ -57,7 +57,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "prefix": ("torch files initialise kept layers ranks stored", "deepspeed"),
     "projected": ("torch files initialise layers prefix stored", ""),
     "gated": ("torch files initialise layers prefix stored", ""),
-    "external": ("torch in_use initialise layers", ""),
+    "external": ("torch in_use initialise kept layers", ""),
     "positions": ("torch initialise prefix projected", "integrations.*"),
     "tables": ("torch kept layers", ""),
     "bank": ("torch gated in_use kept layers prefix ranks stored tables", ""),

@@ -1,5 +1,6 @@
 """Several prefixes in one batch, gates, and keys that another network computes, in models."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefixattn import ExternalPrefix, GatedPrefix, Prefix, PrefixBank
+from prefixattn.integrations.carrier import KEYWORD
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
@@ -159,3 +161,58 @@ def test_keys_of_another_network(llama: Any, attach: Any) -> None:
         with prefix.use(*computed(context[row : row + 1])):
             alone = model(llama.input_ids[row : row + 1]).logits
         torch.testing.assert_close(alone, logits[row : row + 1])
+
+
+def a_prefix(model: Any) -> tuple[Any, Any, Tensor]:
+    prefix = Prefix.random(model, 3).float()
+    return prefix, contextlib.nullcontext(), prefix.keys[0]
+
+
+def a_gated_one(model: Any) -> tuple[Any, Any, Tensor]:
+    prefix = GatedPrefix.random(model, 3).float()
+    nn.init.ones_(prefix.gates[0])
+    return prefix, contextlib.nullcontext(), prefix.keys[0]
+
+
+def a_bank(model: Any) -> tuple[Any, Any, Tensor]:
+    bank = PrefixBank([Prefix.random(model, n) for n in (3, 2)]).float()
+    return bank, bank.use([0, 1]), bank.members["0"].keys[0]
+
+
+def computed(model: Any) -> tuple[Any, Any, Tensor]:
+    prefix = ExternalPrefix.for_model(model, 3)
+    keys, values = ([torch.randn(2, 3, 8) for _ in range(2)] for _ in "kv")
+    return prefix, prefix.use(keys, values), keys[0]
+
+
+@pytest.mark.parametrize("make", [a_prefix, a_gated_one, a_bank, computed])
+@torch.no_grad()
+def test_the_next_token_finds_all_made_until_a_number_changes(
+    llama: Any, attach: Any, make: Callable[[Any], tuple[Any, Any, Tensor]]
+) -> None:
+    """In another dtype than the model's, so that there is something to be made."""
+    seen: list[list[Any]] = []
+    source, using, numbers = make(llama.model)
+    attach(llama.model, source)
+    first: Any = llama.model.model.layers[0].self_attn
+    first.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs[KEYWORD].entries), with_kwargs=True
+    )
+    with using:
+        cache = llama.model(llama.input_ids, use_cache=True).past_key_values
+
+        def decoded() -> Tensor:
+            logits = llama.model(llama.input_ids[:, :1], past_key_values=cache).logits
+            cache.crop(-1)
+            return logits
+
+        before, same = decoded(), decoded()
+        assert all(a is b for a, b in zip(*seen[-2:], strict=True))
+        assert seen[-1][0].key.dtype == torch.float64
+        numbers.mul_(3)
+        after = decoded()
+        llama.model(llama.input_ids)  # another text: all is made anew
+    assert torch.equal(same, before)
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(seen[-1][0].key, seen[-2][0].key)
+    assert not torch.equal(seen[-2][0].key, seen[-3][0].key)
