@@ -17,8 +17,9 @@ _texts = itertools.count(1)
 class _Now(threading.local):
     """What this thread's forwards are about."""
 
-    text = 0  # a number of its own for each text that was begun
-    continues = False
+    def __init__(self) -> None:
+        self.text = next(_texts)  # a number of its own for each text that was begun
+        self.continues = False
 
 
 _now = _Now()

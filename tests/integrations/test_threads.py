@@ -105,3 +105,20 @@ def test_what_was_kept_for_other_options_is_not_used() -> None:
     with torch.no_grad(), forward(continues=True):
         found = [kept.of([], lambda name=name: name, options=name) for name in "aab"]  # type: ignore[misc]
     assert found == ["a", "a", "b"]
+
+
+def test_a_text_that_goes_on_in_another_thread_trusts_nothing_of_a_third() -> None:
+    """A chat's turns, each in a thread of its own, and numbers changed in between."""
+    kept: Kept[float] = Kept()
+    numbers = torch.ones(1)
+    found: list[float] = []
+
+    @torch.no_grad()
+    def turn() -> None:
+        with forward(continues=True):
+            found.append(kept.of([numbers], numbers.item))
+
+    assert together(turn) == []
+    numbers.data.fill_(2.0)  # which no tensor counts
+    assert together(turn) == []
+    assert found == [1.0, 2.0]
