@@ -44,6 +44,7 @@ class _Use:
     lengths: Tensor  # [R], tokens of each entry
     modules: list[list[Prefix]] | None  # of each entry; None: some are in files
     tables: Pairs | None = None
+    ready: PrefixBatch | None = None  # out of the tables
 
     @property
     def entries(self) -> list[Entry]:
@@ -70,8 +71,8 @@ class PrefixBank(PrefixSource):
         budget_bytes: what the tables may take; entries in use longest ago make room. A slot takes
             as many bytes as the longest entry, in the bank's dtype (``bank.to(torch.bfloat16)``).
 
-    A bank serves one thread at a time, which may be another than that which entered ``use``; a
-    second thread's ``use`` meanwhile is refused.
+    A bank serves one thread, or asyncio task, at a time, which may be another than that which
+    entered ``use``: a second one's ``use`` meanwhile is refused.
 
     Raises:
         ValueError: no members, members whose layers differ, or gates, which all rows share.
@@ -102,8 +103,7 @@ class PrefixBank(PrefixSource):
         self._broken: dict[int, str] = {}  # those that cannot be read, and why
         self._lengths: dict[int, int] = {}  # tokens of each that can be read
         self._layer_shapes: list[LayerShape | None] = []
-        self._uses: InUse[_Use] = InUse()
-        self._ready: PrefixBatch | None = None  # of the innermost use, out of the tables
+        self._uses: InUse[_Use] = InUse(type(self).__name__)
         self._tables = Tables(capacity, budget_bytes)
         self._closed = False
         named = members if isinstance(members, Mapping) else _numbered(members)
@@ -169,7 +169,7 @@ class PrefixBank(PrefixSource):
             IndexError, KeyError: no such member.
             TypeError: something that is no member.
             ValueError: no rows, a damaged or changed file, or more than ``budget_bytes``.
-            RuntimeError: the bank was closed, or is in use by another thread.
+            RuntimeError: the bank was closed, or is in use by another thread or task.
         """
         if self._closed:
             raise RuntimeError("the bank was closed")
@@ -187,19 +187,19 @@ class PrefixBank(PrefixSource):
             RuntimeError: outside of ``use``.
         """
         compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        if compiling and not trains and self._ready is not None:
-            return self._ready
-        use = self._uses.innermost
+        use = self._uses.innermost if compiling else self._uses.read()
         if use is None:
             raise RuntimeError(
                 "no members are in use: run the model within `with bank.use([0, ...]):`, one "
                 "member for each row of the batch, -1 for none"
             )
+        if compiling and not trains and use.ready is not None:
+            return use.ready
         if compiling or trains:
             return self._stacked(use)
-        if self._ready is None or not self._current(use):
-            self._ready = self._prepared(use)
-        return self._ready
+        if use.ready is None or not self._current(use):
+            use.ready = self._prepared(use)
+        return use.ready
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write each member into a folder of its name below ``path``, as `from_folder` reads it.
@@ -236,11 +236,12 @@ class PrefixBank(PrefixSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is not in use."""
-        return vars(self) | {"_uses": InUse(), "_ready": None}
+        return vars(self) | {"_uses": InUse(type(self).__name__)}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._tables.clear()
-        self._ready = None
+        for use in self._uses.items:
+            use.ready = None
         return super()._apply(fn, recurse)
 
     # Members
@@ -334,16 +335,12 @@ class PrefixBank(PrefixSource):
     @contextmanager
     def _using(self, use: _Use) -> Iterator[None]:
         begin_text()
-        with self._uses.hold(use, self):
-            before, self._ready = self._ready, None
-            try:
-                if self._trains(use):
-                    self._tables.doubt({place for entry in use.entries for place in entry})
-                else:
-                    self._ready = self._prepared(use)
-                yield
-            finally:
-                self._ready = before
+        with self._uses.hold(use):
+            if self._trains(use):
+                self._tables.doubt({place for entry in use.entries for place in entry})
+            else:
+                use.ready = self._prepared(use)
+            yield
 
     def _trains(self, use: _Use) -> bool:
         """Whether all that is in use will be taken from modules, with gradients."""

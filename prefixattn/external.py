@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from prefixattn.in_use import InUse
@@ -53,7 +54,7 @@ class ExternalPrefix(PrefixSource):
         self._num_tokens = num_tokens
         self._num_layers = len(shapes) if num_layers is None else num_layers
         self.layers = check_layers(layers, self._num_layers, len(shapes))
-        self._uses: InUse[list[tuple[Tensor, Tensor]]] = InUse()
+        self._uses: InUse[list[tuple[Tensor, Tensor]]] = InUse(type(self).__name__)
         self._ready: Kept[PrefixBatch] = Kept()
 
     @classmethod
@@ -92,13 +93,13 @@ class ExternalPrefix(PrefixSource):
             TypeError: something that is not a floating-point tensor.
 
         On entering:
-            RuntimeError: another thread has keys and values in use.
+            RuntimeError: another thread or task has keys and values in use.
         """
-        return self._uses.hold(self._checked(keys, values), self)
+        return self._uses.hold(self._checked(keys, values))
 
     def batch(self) -> PrefixBatch:
         """What the forward of the model attends to: one entry for all rows, or one for each."""
-        pairs = self._uses.innermost
+        pairs = self._uses.innermost if torch.compiler.is_compiling() else self._uses.read()
         if pairs is None:
             raise RuntimeError(
                 "no keys and values are in use: run the model within "

@@ -92,7 +92,7 @@ def main(
     sizes = Sizes(**asdict(QUICK_SIZES) | {"held_out": QUICK_HELD_OUT}) if quick else Sizes()
     one_thread()
     try:
-        writer = Writer(out)
+        writer = Writer(out, fields=FIELDS)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     check(writer, sizes)
@@ -131,7 +131,7 @@ def prepare(text: Path, cache: Path, folder: Path, reader: ReaderSizes, sizes: S
 def check(writer: Writer, sizes: Sizes) -> None:
     """Figures of two sets of sizes, or of two machines, have no place in one file."""
     for before in runs_of(writer.records)[-1:]:
-        if before["sizes"] != asdict(sizes):
+        if before.get("sizes") != asdict(sizes):
             raise typer.BadParameter(f"--out: {writer.path} holds a run of other sizes")
         here = machine.facts("cpu", "")
         for fact in ("processor", "torch"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from importlib.util import find_spec
@@ -30,7 +31,10 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="a
 Suites = Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(SUITES)}.")]
 Shapes = Annotated[list[str] | None, typer.Option(help="Only these shapes or models: see `list`.")]
 Providers = Annotated[list[str] | None, typer.Option(help="Only these, and the floor.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", show_default="all", min=1)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads.", show_default="all", min=1, max=os.cpu_count() or 1),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -232,7 +236,12 @@ def markdown(
         found = records.read(results, records.FIELDS)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
-    typer.echo(table(found, tuple(suite or DEFAULT)))
+    chosen, there = suite or DEFAULT, {row["suite"] for row in records.rows_of(found)}
+    if not there.intersection(chosen):
+        raise typer.BadParameter(
+            f"{results} has rows of {sorted(there)} alone: name one of these with --suite"
+        )
+    typer.echo(table(found, tuple(chosen)))
 
 
 @app.command()

@@ -16,10 +16,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from prefixattn.files import replace_file
+
 Record = dict[str, Any]
 Key = tuple[str, str, str, bool]
 STATES = ("timed", "unsupported", "wrong", "failed")
 HEADER = ("date", "processor", "instructions", "threads", "gpu", "torch", "prefixattn", "commit")
+TIMED = ("ms", "rounds", "peak", "rates", "command")  # of a row that has a time, besides
 FIELDS = ("suite", "case", "passes", "axis", "provider", "warm", "state", "reason")
 
 
@@ -59,10 +64,34 @@ def read(path: Path, fields: Sequence[str] = ()) -> list[Record]:
                 f"{path}:{number}: expected a results file of another benchmark, whose "
                 f"{record['kind']}s have {', '.join(missing)}"
             )
+        if fields == FIELDS and (bad := _bad_number(record)):
+            raise ValueError(f"{path}:{number}: {bad}")
         found.append(record)
     if not found or found[0]["kind"] != "run":
         raise ValueError(f"{path}: expected a results file that starts with a run's header")
     return found
+
+
+def _bad_number(record: Record) -> str:
+    """Words for what a timed row has that nobody could have measured; empty when all is well."""
+    if record["kind"] != "row" or record["state"] != "timed":
+        return ""
+    if missing := [name for name in TIMED if name not in record]:
+        return f"a timed row must have {', '.join(missing)}"
+    ms, rates = record["ms"], record["rates"]
+    if not isinstance(ms, list) or len(ms) != 3 or not _positive(ms):
+        return f"ms must be three positive numbers, got {ms!r}"
+    if (
+        not isinstance(rates, dict)
+        or {*rates} < {"matmul", "copy"}
+        or not _positive(rates.values())
+    ):
+        return f"rates must be the positive numbers matmul and copy, got {rates!r}"
+    return ""
+
+
+def _positive(numbers: Iterable[Any]) -> bool:
+    return all(isinstance(x, int | float) and x > 0 for x in numbers)
 
 
 def runs_of(records: Iterable[Record]) -> list[Record]:
@@ -82,23 +111,45 @@ def timed(rows: Iterable[Record]) -> list[Record]:
 
 
 class Writer:
-    """Appends whole lines to a results file, and remembers them; `path` None keeps no file."""
+    """Appends whole lines to a results file, and remembers them; `path` None keeps no file.
 
-    def __init__(self, path: Path | None, fresh: bool = False) -> None:
-        """Go on with the file that is there, unless `fresh` (ValueError: it is none of ours)."""
+    Args:
+        path: the file, which no other process may write meanwhile.
+        fresh: begin it anew. Else go on with what is there.
+        fields: what its rows must have, as for `read`.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it is none of ours, or another process writes it.
+    """
+
+    def __init__(
+        self, path: Path | None, fresh: bool = False, fields: Sequence[str] = FIELDS
+    ) -> None:
         self.path = path
         self.records: list[Record] = []
         if path is None:
             return
-        if path.exists() and path.stat().st_size and not fresh:
-            self.records = read(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Of one process, which may go on with a file of its own.
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{path}: another process is writing it") from None
+        if path.exists() and path.stat().st_size and not fresh:
+            self.records = read(path, fields)
         self.write_all()  # what an interruption cut short goes
 
     def write_all(self) -> None:
         """Write every record anew."""
-        if self.path is not None:
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        if self.path is None:
+            return
+        text = "".join(json.dumps(record) + "\n" for record in self.records)
+        if self.path.is_file():
+            replace_file(self.path, lambda place: place.write_text(text))
+        else:
+            self.path.write_text(text)  # a pipe or a device, too
 
     def add(self, records: list[Record]) -> None:
         """Write records, whole and at once: what was measured outlives an interruption."""

@@ -130,4 +130,7 @@ def _measured(place: Path, options: Options, out: Path) -> list[Record]:
         if last.startswith(("ImportError", "ModuleNotFoundError")):
             raise RuntimeError(f"it lacks what this benchmark measures by: {last}")
         raise RuntimeError(result.stderr.strip()[-2000:])
+    if result.returncode not in (0, 1):
+        said = result.stderr.strip()[-2000:] or "it said nothing"
+        raise RuntimeError(f"its run ended with status {result.returncode} in the middle: {said}")
     return read(out)

@@ -1,9 +1,10 @@
 """Whether what is about to be timed computes the right numbers.
 
 The rule is that of the tests: against the float64 reference, twice as much error as eager attention
-in the same precision has (gradients: three times). In bfloat16 that leaves room for a small error
-of all numbers alike, such as a wrong scale: rounding hides it in each of them, but not in the sum
-over all, so that gains and the scale are estimated by least squares besides.
+in the same precision has (gradients: three times). In bfloat16 that leaves room for what rounding
+hides in each number, but not in the sum over all: a wrong scale, one key of thousands that is not
+seen, a softcap that is not applied. So the error's root mean square is held against eager's too,
+and how much of each such fault is in the error is estimated by least squares.
 
 A large case is checked part by part, some rows and key heads at a time: the upstream gradient is
 zero outside of a part, so that every gradient of it, the sum over rows in a shared prefix too, is
@@ -13,6 +14,7 @@ among what is checked.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ LARGEST = 2**25  # float64 scores that one check may hold
 SEED = 1
 FAINT = 2**-8  # of a gain or the scale; half a unit in the last place of bfloat16
 STEP = 1e-3  # by which the scale is varied
+NOISE = 4.0  # root mean squares of eager's error that are no fault
+MOST = 0.25  # of one key, or of the softcap, that may seem to be missing
+GONE = 0.5  # of one token's gradient
 
 
 class Oracle:
@@ -67,6 +72,7 @@ class Part:
         self.exact = self._evaluate(wide, None)
         self.plain = self._evaluate(inputs, inputs["query"].dtype)
         self.by_scale = self._by_scale(wide, case.shape.D**-0.5)
+        self.by_fault = dict(self._by_fault(wide))
 
     def fault(self, run: Attention) -> str:
         """Words for what `run` has wrong; empty when all is well."""
@@ -92,11 +98,18 @@ class Part:
             allowed = OUTPUT if name == "out" else GRADIENT
             if exact[name].numel():  # the floor's prefix has no tokens
                 faults.append(over_budget(name, x, exact[name], plain[name], dtype, allowed))
+                if not faults[-1]:
+                    faults.append(_spread_out(name, x, exact[name], plain[name], dtype))
                 if not faults[-1] and abs(gain := _part_of(x - exact[name], exact[name])) > FAINT:
                     faults.append(f"{name}: {abs(gain):.2%} too {'large' if gain > 0 else 'small'}")
         error = got["out"] - self.exact.out
         if abs(off := _part_of(error, self.by_scale)) > FAINT:
             faults.append(f"out: as if the scale were {abs(off):.2%} off")
+        noise = NOISE * _rms(self.plain.out - self.exact.out)
+        for words, direction in self.by_fault.items():
+            size = direction.square().sum().sqrt().item()
+            if size and abs(_part_of(error, direction)) > max(MOST, noise / size):
+                faults.append(f"out: as if {words}")
         return "; ".join(fault for fault in faults if fault)
 
     @staticmethod
@@ -142,6 +155,33 @@ class Part:
             )
         return (more - less) / (2 * STEP)
 
+    def _by_fault(self, wide: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """What the output changes by where something at an edge is left out."""
+        index, own = wide["prefix_index"], slice(-wide["query"].shape[2], None)
+        prefix = [wide[name][index] for name in ("prefix_key", "prefix_value")]
+        text = [wide[name] for name in ("key", "value")]
+        edges = [("the prefix's first token", prefix, slice(1)), ("the first key", text, slice(1))]
+        edges += [("the prefix's last token", prefix, slice(-1, None)), ("its own key", text, own)]
+        for name, (keys, values), which in edges:
+            if keys.shape[2]:
+                changed = self._without(wide, keys[:, :, which], values[:, :, which])
+                yield f"no query saw {name}", changed
+        if wide["softcap"] is not None:
+            with torch.no_grad():
+                out, _ = reference.forward(make_problem(**wide | {"softcap": None}), None)
+            yield "there were no softcap", out - self.exact.out
+
+    def _without(self, wide: dict[str, Any], key: Tensor, value: Tensor) -> Tensor:
+        """What the output changes by where no query sees one key: the same, or one for each."""
+        key, value = (x.repeat_interleave(self.tensors.group, dim=1) for x in (key, value))
+        scores = (wide["query"] * key).sum(-1) * wide["scale"]
+        if (softcap := wide["softcap"]) is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weight = torch.exp(scores - self.exact.lse)
+        others = 1 - weight  # none, where it is the only one
+        ratio = torch.where(others > STEP, weight / others, 0.0)
+        return (self.exact.out - value) * ratio[..., None]
+
     def _upstream(self, out: Tensor) -> Tensor:
         """The gradient that `evaluate` draws for the checked part, and zero elsewhere."""
         part = self._of_queries(out)
@@ -157,6 +197,24 @@ def _part_of(error: Tensor, direction: Tensor) -> float:
     """How much of `direction` is in an error, by least squares; 0 where there is no direction."""
     size = direction.square().sum().item()
     return (error.double() * direction).sum().item() / size if size else 0.0
+
+
+def _spread_out(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> str:
+    """Words for an error that is in no number by itself; empty when all is well."""
+    error, usual, unit = got - exact, plain - exact, torch.finfo(dtype).eps
+    most = NOISE * (_rms(usual) + unit * _rms(exact))
+    if (found := _rms(error)) > most:
+        return f"{name}: root mean square of the error {found:.2e}, at most {most:.2e}"
+    # Of each token over all rows and heads: the last one's gradient may be faint beside others'.
+    sizes, missing, noise = ((x.double() * exact).sum(dim=(0, 1, 3)) for x in (exact, error, usual))
+    told = (sizes > unit**2 * sizes.mean()) & (noise.abs() < GONE / 4 * sizes)
+    if bool((gone := told & (missing.abs() > GONE * sizes)).any()):
+        return f"{name}: as if token {int(gone.int().argmax())} had none of it"
+    return ""
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
 
 
 def _parts(case: Case) -> list[tuple[list[int], list[int]]]:

@@ -83,6 +83,8 @@ def ring_prefix_attention(
     def check() -> tuple[Problem, dict[str, float]]:
         if method not in ("ring", "all-gather"):
             raise ValueError(f"method: expected ring or all-gather, got {method!r}")
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"return_lse: expected True or False, got {return_lse!r}")
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         banked: dict[str, Any] = {"prefix_index": prefix_index, "prefix_lengths": prefix_lengths}
         problem = make_problem(

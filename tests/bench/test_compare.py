@@ -146,6 +146,16 @@ def test_a_lost_time_is_worse_and_a_new_one_is_not(made: Make, header: Record) -
     assert (neither.word, neither.worse) == ("no time in either", False)
 
 
+@pytest.mark.parametrize("ms", [None, 1.0, [1.0], [1.0, 0.0, 2.0], ["1", "1", "1"]])
+def test_a_time_that_is_none_is_named(
+    tmp_path: Path, made: Make, header: Record, ms: object
+) -> None:
+    path = write(tmp_path / "a.jsonl", [header, made("merge") | {"ms": ms}])
+    result = RUN.invoke(cli.app, ["page", path], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert "a.jsonl:2: ms must be three positive numbers, got" in result.output
+
+
 def write(path: Path, records: list[Record]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
@@ -188,6 +198,17 @@ forward = _slowed_down(forward)
 def git(folder: Path, *words: str) -> None:
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True)
+
+
+def test_a_commit_that_dies_in_the_middle_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("what came before it died")
+    ended = subprocess.CompletedProcess([], -11, "", "Segmentation fault")
+    monkeypatch.setattr(refs.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(RuntimeError, match="ended with status -11 in the middle: Segmentation"):
+        refs._measured(tmp_path, Options(("quick",), (), (), repeats=1), out)
 
 
 def test_two_commits_of_which_one_is_slower(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixattn import prefix_attention
 from prefixattn.bench import providers, verify
 from prefixattn.bench.inputs import Tensors, make_tensors
 from prefixattn.bench.providers import FLOOR, PROVIDERS
@@ -119,6 +120,49 @@ def wrong_gradients_gain(t: Tensors, right: Attention) -> Attention:
     return run
 
 
+def without(lost: str) -> Callable[[Tensors, Attention], Attention]:
+    """One call of `ours` on tensors that lack something at an edge, with its gradients."""
+
+    def corrupt(t: Tensors, right: Attention) -> Attention:
+        sides = {"key": ("key", "value"), "token": ("prefix_key", "prefix_value")}
+        part, place = {
+            "first token": ("token", slice(1)),
+            "last token": ("token", slice(-1, None)),
+            "block": ("token", slice(500, 532)),
+            "oldest key": ("key", slice(1)),
+            "own key": ("key", slice(-1, None)),
+        }[lost]
+        given = dict(t.leaves)
+        for name in sides[part]:
+            kept = torch.ones(given[name].shape[2], dtype=torch.bool)
+            kept[place] = False
+            given[name] = given[name][:, :, kept]
+        return lambda: prefix_attention(**given, prefix_index=t.index, is_causal=lost != "own key")
+
+    return corrupt
+
+
+def no_softcap(t: Tensors, right: Attention) -> Attention:
+    """The scores as they are."""
+    return lambda: prefix_attention(**t.leaves, prefix_index=t.index, is_causal=True)
+
+
+def no_gradient_of_the_last_key(t: Tensors, right: Attention) -> Attention:
+    """Right values, and zeros for what only the last query sees."""
+
+    def run() -> Tensor:
+        t.leaves["value"].register_hook(lambda grad: zeroed(grad))
+        return right()
+
+    def zeroed(grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[:, :, -1] = 0
+        return grad
+
+    return run
+
+
+LONG = {"B": 8, "M": 1, "C": 255, "P": 512, "dtype": "bfloat16"}
 HALF = {"B": 8, "M": 1, "C": 40, "P": 20, "dtype": "bfloat16"}
 TRAINING = PROMPT | {"B": 8, "passes": "fwd+bwd"}
 FAULTS = {
@@ -133,6 +177,29 @@ FAULTS = {
         wrong_gradients_gain,
         "ours-cpu",
         "dkey: .* too large",
+    ),
+    # In bfloat16 each of these is less than rounding in every number.
+    "a prefix that lacks its first token": (
+        LONG,
+        without("first token"),
+        "ours-cpu",
+        "the prefix's first token",
+    ),
+    "a prefix that lacks its last": (LONG, without("last token"), "ours-cpu", "last token"),
+    "a prefix that lacks 32 of 2,048": (
+        LONG | {"P": 2048},
+        without("block"),
+        "ours-cpu",
+        "mean square",
+    ),
+    "the oldest key": (LONG, without("oldest key"), "ours-cpu", "saw the first key"),
+    "a query's own key": (LONG, without("own key"), "ours-cpu", "its own key"),
+    "a softcap": (LONG | {"model": "capped"}, no_softcap, "ours-cpu", "no softcap"),
+    "the last key's gradient": (
+        TRAINING | {"M": 64, "P": 128, "dtype": "bfloat16"},
+        no_gradient_of_the_last_key,
+        "ours-cpu",
+        "dvalue: as if token 63",
     ),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -126,6 +127,15 @@ def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
     assert len(rows_of(records.read(path))) == 10
     run_all(selection(), Writer(path, fresh=True))
     assert len(records.read(path)) == 5
+
+
+def test_two_processes_have_no_place_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run_all(selection(), Writer(path))
+    before = path.read_text()
+    with FileLock(tmp_path / ".out.jsonl.lock"), pytest.raises(ValueError, match="is writing it"):
+        Writer(path, fresh=True)
+    assert path.read_text() == before
 
 
 def test_two_machines_have_no_place_in_one_file(

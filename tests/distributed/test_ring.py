@@ -160,6 +160,7 @@ def disagreements() -> dict[str, str]:
         "parts": said(lambda: unshard_sequence(q[:, :, : 2 if other else 8], 2)),
         "wrong there": said(call(q, k, v, pk, pv.float() if other else pv)),
         "no such method": said(call(q, k, v, pk, pv, method="star" if other else "ring")),
+        "no bool": said(call(q, k, v, pk, pv, return_lse=None if other else False)),
         "and after all that": said(call(q, k, v, pk, pv)),
     }
 
@@ -186,7 +187,11 @@ def test_ranks_that_disagree_are_all_told() -> None:
     for found in (first, second):
         assert found["dim"].startswith("ValueError: tensor: expected the same number of dim")
         assert found["beside"].startswith("ValueError: tensor: expected the same sizes beside dim")
-    for name, words in (("wrong there", "prefix_value"), ("no such method", "method")):
+    for name, words in (
+        ("wrong there", "prefix_value"),
+        ("no such method", "method"),
+        ("no bool", "lse"),
+    ):
         assert first[name].startswith("RuntimeError: rank 1 refused its input")
         assert words in second[name]
 

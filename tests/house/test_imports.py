@@ -50,7 +50,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "files": ("torch safetensors", ""),
     "layers": ("torch", ""),
     "kept": ("torch", ""),
-    "in_use": ("", ""),
+    "in_use": ("kept", ""),
     "stored": ("torch safetensors files layers", ""),
     "initialise": ("torch layers", "integrations.*"),
     "ranks": ("torch", "deepspeed"),
@@ -85,7 +85,8 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "vllm.*": ("torch =vllm vllm.*", ""),
     "testing": ("torch problem reference api ops", ""),
     "bench.*": (
-        "torch matplotlib rich typer . aten api build choose cpu problem reference testing bench.*",
+        "torch filelock matplotlib rich typer . aten api build choose cpu files problem reference "
+        "testing bench.*",
         "transformers flash_attn flashinfer xformers",
     ),
     "cli": (
