@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prefixattn import ranks
 from prefixattn.gated import GatedPrefix
 from prefixattn.in_use import InUse
-from prefixattn.kept import begin_text, stores
+from prefixattn.kept import stores
 from prefixattn.layers import (
     LayerShape,
     Positions,
@@ -55,7 +55,8 @@ class PrefixBank(PrefixSource):
     """Prefixes of different lengths, of which each row reads one, several, or none.
 
     ``with bank.use([0, 2, -1]): model.generate(...)``. Rows of beams and of several returned
-    sequences follow the row they are made from.
+    sequences follow the row they are made from: without gradients, ``k`` times as many rows are
+    ``k`` neighbours made from each.
 
     Where gradients are computed, the entries in use are put side by side in each forward, once and
     not per row, and members that train get gradients summed over their rows. Without gradients
@@ -334,7 +335,6 @@ class PrefixBank(PrefixSource):
 
     @contextmanager
     def _using(self, use: _Use) -> Iterator[None]:
-        begin_text()
         with self._uses.hold(use):
             if self._trains(use):
                 self._tables.doubt({place for entry in use.entries for place in entry})

@@ -4,25 +4,40 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
-from prefixattn.kept import current_text
+from prefixattn.kept import await_cache, begin_text, current_cache, current_text
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _Held(Generic[T]):
+    """An item, who holds it, and the texts that began under it.
+
+    Those are told by the thread that runs them, and by the cache that they are in.
+    """
+
     item: T
     holder: object
+    texts: dict[int, int] = field(default_factory=dict)
+    caches: "WeakSet[Any]" = field(default_factory=WeakSet)
 
+    def reads(self, goes_on: bool, cache: object) -> bool:
+        """Whether this thread's text, or that in ``cache`` where it goes on, began here."""
+        if goes_on and cache is not None:
+            return cache in self.caches
+        return self.texts.get(threading.get_ident()) == current_text()
 
-class _Read(NamedTuple, Generic[T]):
-    """What a thread's last forward read, for which text."""
-
-    held: _Held[T]
-    text: int
+    def note(self, cache: object) -> None:
+        """This thread's text reads the item."""
+        self.texts[threading.get_ident()] = current_text()
+        if cache is None:
+            await_cache(self.caches)
+        else:
+            self.caches.add(cache)
 
 
 class InUse(Generic[T]):
@@ -37,7 +52,6 @@ class InUse(Generic[T]):
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._held: list[_Held[T]] = []
-        self._reads: dict[int, _Read[T]] = {}
 
     @property
     def innermost(self) -> T | None:
@@ -53,20 +67,22 @@ class InUse(Generic[T]):
         """The innermost item, for a forward.
 
         Raises:
-            RuntimeError: the text that this thread decodes began with another, which is open still.
+            RuntimeError: a text that goes on began with another item, whose context is open.
         """
         if not self._held:
             return None
-        held, text, thread = self._held[-1], current_text(), threading.get_ident()
-        last = self._reads.get(thread)
-        if last is not None and last.text == text and last.held is not held:
-            raise self._mixed("what this thread decodes began with what an outer `use` gave")
-        self._reads[thread] = _Read(held, text)
+        held, (cache, goes_on) = self._held[-1], current_cache()
+        for other in self._held[:-1]:
+            if other.reads(goes_on, cache):
+                raise self._mixed("a text that is decoded now began under another `use`")
+            if cache is not None:
+                other.caches.discard(cache)  # which begins another text
+        held.note(cache)
         return held.item
 
     @contextmanager
     def hold(self, item: T) -> Iterator[None]:
-        """Have ``item`` be the innermost.
+        """Have ``item`` be the innermost; this thread begins a text.
 
         Raises:
             RuntimeError: the owner is in use by another thread or task, whose forwards would read
@@ -77,12 +93,12 @@ class InUse(Generic[T]):
         try:
             if any(other.holder != held.holder for other in self._held):
                 raise self._mixed("it is in use by another thread or task")
+            begin_text()
             yield
             if self._held[-1] is not held:
                 raise self._mixed("a `use` that was entered later is open still")
         finally:
             self._held.remove(held)
-            self._reads = {t: read for t, read in self._reads.items() if read.held is not held}
 
     def _mixed(self, why: str) -> RuntimeError:
         return RuntimeError(

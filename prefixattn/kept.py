@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class _Now(threading.local):
     def __init__(self) -> None:
         self.text = next(_texts)  # a number of its own for each text that was begun
         self.continues = False
+        self.cache: object = None
+        self.awaited: list[WeakSet[Any]] = []
 
 
 _now = _Now()
@@ -31,20 +34,42 @@ def begin_text() -> None:
 
 
 @contextmanager
-def forward(continues: bool) -> Iterator[None]:
-    """Within, a forward gathers its prefixes; ``continues`` one that follows on cached text."""
+def forward(continues: bool, cache: object = None) -> Iterator[None]:
+    """Within, a forward gathers its prefixes.
+
+    Args:
+        continues: whether it follows on cached text.
+        cache: where that text is, or will be.
+    """
     if not continues:
         begin_text()
-    _now.continues = continues
+    _now.continues, _now.cache, _now.awaited = continues, cache, []
     try:
         yield
     finally:
-        _now.continues = False
+        _now.continues, _now.cache = False, None
 
 
 def current_text() -> int:
     """The number of the text that this thread's forwards continue."""
     return _now.text
+
+
+def current_cache() -> tuple[object, bool]:
+    """Where the text of this thread's forward is kept, if it is, and whether it goes on."""
+    return _now.cache, _now.continues
+
+
+def await_cache(found: "WeakSet[Any]") -> None:
+    """Have the cache that this thread's forward makes for its text be put into ``found``."""
+    _now.awaited.append(found)
+
+
+def made_cache(cache: Any) -> None:
+    """This thread's forward made ``cache``."""
+    for found in _now.awaited:
+        found.add(cache)
+    _now.awaited = []
 
 
 class Seen(NamedTuple):

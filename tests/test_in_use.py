@@ -1,12 +1,15 @@
 """What contexts put in use: for one thread at a time, and read by all."""
 
+import asyncio
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
 import torch
 
+from prefixattn import kept
 from prefixattn.bank import PrefixBank
 from prefixattn.external import ExternalPrefix
 from prefixattn.layers import LayerShape
@@ -76,3 +79,82 @@ def test_a_second_thread_is_refused_while_the_first_has_something_in_use(
         assert in_thread(second) == 2
         with pytest.raises(RuntimeError, match=r"are in use: run the model within `with"):
             read()
+
+
+@pytest.mark.parametrize("make", [bank, external])
+def test_a_second_task_is_refused_in_the_same_thread(
+    make: Callable[[], tuple[Use, Read]],
+) -> None:
+    """Two requests of one event loop, each of which waits for its text in a pool's thread."""
+    use, read = make()
+
+    async def answer(number: float) -> object:
+        await asyncio.sleep(0)
+        try:
+            with use(number):
+                return await asyncio.to_thread(read)
+        except RuntimeError as error:
+            return str(error)
+
+    async def both() -> tuple[object, object]:
+        return await asyncio.gather(answer(1.0), answer(2.0))
+
+    with torch.no_grad():
+        first, second = asyncio.run(both())
+    assert first == 1
+    assert "in use by another thread or task" in str(second)
+
+
+@pytest.mark.parametrize("make", [bank, external])
+def test_streams_that_take_turns_end_with_an_error(
+    make: Callable[[], tuple[Use, Read]],
+) -> None:
+    """The first one reads what the second one has in use, which nothing can tell in between."""
+    use, read = make()
+
+    def stream(number: float) -> Iterator[float]:
+        with use(number):
+            for _ in range(2):
+                yield read()
+
+    with torch.no_grad():
+        one, two = stream(1.0), stream(2.0)
+        found = [next(one), next(two), next(one)]
+        with pytest.raises(RuntimeError, match="entered later is open still"):
+            next(one)
+        two.close()
+        assert found == [1, 2, 2]
+        assert list(stream(1.0)) == [1, 1]
+
+
+@pytest.mark.parametrize("make", [bank, external])
+def test_a_thread_that_decodes_is_not_given_what_an_inner_context_has(
+    make: Callable[[], tuple[Use, Read]],
+) -> None:
+    use, read = make()
+    steps: queue.Queue[bool] = queue.Queue()
+    said: queue.Queue[object] = queue.Queue()
+
+    @torch.no_grad()
+    def decode() -> None:
+        kept.begin_text()
+        while steps.get():
+            try:
+                said.put(read())
+            except RuntimeError as error:
+                said.put(str(error))
+
+    def step() -> object:
+        steps.put(True)
+        return said.get(timeout=60)
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    with torch.no_grad(), use(1.0):
+        assert step() == 1
+        with use(2.0):
+            assert read() == 2  # of this thread, whose text began here
+            assert "began under another `use`" in str(step())
+        assert step() == 1
+    steps.put(False)
+    thread.join(60)

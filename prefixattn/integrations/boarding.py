@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
@@ -17,7 +17,7 @@ from prefixattn.integrations.places import Caller, Places, argument_names, by_ke
 from prefixattn.integrations.spread import AsAttached
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
-from prefixattn.kept import forward
+from prefixattn.kept import forward, made_cache
 from prefixattn.layers import PrefixBatch
 
 BATCHING_WORDS = "generate() takes batches, `prefixattn vllm` serves prefixes; detach() first"
@@ -112,7 +112,7 @@ class Boarding:
         packed = self._keep_documents_apart(kwargs)
         text = places[0] if places.ndim == 3 else places
         compiling = torch.compiler.is_compiling()
-        with nullcontext() if compiling else forward(_continues(cached, inputs)):
+        with nullcontext() if compiling else forward(_continues(cached, inputs), cache):
             batches = self._batches(stack, kwargs)
             entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
         mask = by_key(kwargs.get("attention_mask"))
@@ -137,6 +137,9 @@ class Boarding:
         self.current.set(None)
         self.caller.set(None)
         self.places.forget()
+        made = getattr(output, "past_key_values", None)
+        if isinstance(made, Cache) and not torch.compiler.is_compiling():
+            made_cache(getattr(made, "self_attention_cache", made))
 
     def note_caller(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -29,7 +29,7 @@ class Rows:
         """For a forward of ``inputs [B, M, ...]``.
 
         Rows of beams and of several returned sequences lie next to each other: each reads what the
-        row it was made from reads.
+        row it was made from reads. No training has such.
 
         Raises:
             ValueError: the batch has another number of rows than the prefix was chosen for.
@@ -47,6 +47,11 @@ class Rows:
                 )
             index = index.to(inputs.device)
             if count != len(index):
+                if torch.is_grad_enabled():
+                    raise ValueError(
+                        f"the prefixes were chosen for {len(index)} rows, but the input has "
+                        f"{count}: with gradients name one for each row"
+                    )
                 index = index.repeat_interleave(count // len(index))
         if batch.lengths is None and batch.index is None:
             return cls(index, None, most, most)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,7 +27,7 @@ from prefixattn.integrations.survey import (
 from prefixattn.integrations.tensor_parallel import OwnHeads
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.integrations.undo import Undo
-from prefixattn.layers import LayerShape, PrefixBatch, PrefixSource
+from prefixattn.layers import LayerShape, Positions, PrefixBatch, PrefixSource
 
 SUBMODULE = "prefixattn"
 BATCHING = {"generate_batch", "init_continuous_batching"}
@@ -73,16 +74,39 @@ class Submodule:
     Args:
         model: the model that owns it.
         name: its path from there.
+        sites: that it is for.
+        part: theirs.
     """
 
-    def __init__(self, model: nn.Module, name: str = SUBMODULE) -> None:
+    def __init__(self, model: nn.Module, name: str, sites: list[Site], part: str) -> None:
         self.model = model
         self.name = name
+        self.sites = sites
+        self.part = part
+        prefix: Any = model.get_submodule(name)
+        self.positions: Positions = getattr(prefix, "positions", "shift")
+        self._seen = prefix
 
     def __call__(self) -> PrefixBatch:
         prefix: Any = self.model.get_submodule(self.name)
+        if prefix is not self._seen:
+            self._check(prefix)
+            if not torch.compiler.is_compiling():
+                self._seen = prefix
         batch: PrefixBatch = prefix.batch()
         return batch
+
+    def _check(self, prefix: Any) -> None:
+        """Hold what was put in the prefix's place to the rules of `attach`."""
+        path = f"{type(self.model).__name__}.{self.name}"
+        if not isinstance(prefix, PrefixSource):
+            raise TypeError(f"{path} must be a prefixattn.Prefix, got a {type(prefix).__name__}")
+        check_shapes(prefix, self.sites, self.part)
+        if (positions := getattr(prefix, "positions", "shift")) != self.positions:
+            raise ValueError(
+                f"{path} was attached for positions={self.positions!r}, and is now a prefix for "
+                f"{positions!r}: attach that one anew"
+            )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -130,7 +154,10 @@ def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) 
         undo.callback(_remove, target, SUBMODULE)
         whole = parts.get("self") is prefix or parts.get("decoder") is prefix
         sources = {
-            part: Submodule(target, SUBMODULE if whole else f"{SUBMODULE}.{part}") for part in parts
+            part: Submodule(
+                target, SUBMODULE if whole else f"{SUBMODULE}.{part}", own_sites(sites, part), part
+            )
+            for part in parts
         }
         install(target, sites, sources, options, undo)
         if target is not model:

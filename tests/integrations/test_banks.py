@@ -94,6 +94,42 @@ def test_rows_that_share_a_member_sum_their_gradients(llama: Any, attach: Any) -
     assert all(parameter.grad is None for parameter in idle.parameters())
 
 
+def test_training_names_one_prefix_for_each_row(llama: Any, attach: Any) -> None:
+    """Chosen answers above rejected ones are no beams of as many rows."""
+    bank = PrefixBank([Prefix.random(llama.model, n) for n in (3, 2)])
+    attach(llama.model, bank)
+    twice = torch.cat([llama.input_ids, llama.input_ids])
+    with bank.use([0, 1]), pytest.raises(ValueError, match="2 rows, .* 4: with gradients name one"):
+        llama.model(twice)
+    with bank.use([0, 1, 0, 1]):
+        logits = llama.model(twice).logits
+    torch.testing.assert_close(logits[:2], logits[2:])
+
+
+@torch.no_grad()
+def test_two_texts_that_are_decoded_in_turns(llama: Any, attach: Any) -> None:
+    """Each within a `use` of its own, in one thread: refused; one after the other goes on."""
+    bank = PrefixBank([Prefix.from_text(llama.model, text) for text in texts()])
+    attach(llama.model, bank)
+    row = llama.input_ids[:1]
+    whole = torch.cat([row, row[:, :1]], 1)
+    expected = []
+    for member in (0, 1):
+        with bank.use([member]):
+            expected.append(llama.model(whole).logits[:, -1:])
+    caches = []
+    with bank.use([0]):
+        caches.append(llama.model(row, use_cache=True).past_key_values)
+        with bank.use([1]):
+            caches.append(llama.model(row, use_cache=True).past_key_values)
+            with pytest.raises(RuntimeError, match="began under another `use`"):
+                llama.model(row[:, :1], past_key_values=caches[0])
+            logits = llama.model(row[:, :1], past_key_values=caches[1]).logits
+            llama.assert_close(logits, expected[1])
+    with bank.use([0]):  # a chat's next turn
+        llama.assert_close(llama.model(row[:, :1], past_key_values=caches[0]).logits, expected[0])
+
+
 @torch.no_grad()
 def test_decoding_builds_no_tables(llama: Any, attach: Any) -> None:
     bank = PrefixBank([Prefix.from_text(llama.model, text) for text in texts()])

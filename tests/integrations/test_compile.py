@@ -160,3 +160,24 @@ def test_one_graph_for_all_adapters_of_a_peft_model(case: Callable[..., Any], gr
     whole.delete_adapter("third")
     whole.set_adapter("second")
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, found[1])
+
+
+@torch.no_grad()
+def test_a_text_that_grows_over_where_frequencies_change_is_refused(attach: Any) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    text, ids = torch.arange(6)[None], torch.arange(30, 44)[None]
+    expected = model(torch.cat([text, ids[:, :9]], 1)).logits[:, 6:]
+    attach(model, Prefix.from_text(model, text))
+    run = torch.compile(model, backend="eager")
+    torch.testing.assert_close(run(ids[:, :9]).logits, expected)
+    with pytest.raises(ValueError, match="other frequencies from 16 tokens on"):
+        run(ids)

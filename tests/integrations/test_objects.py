@@ -120,3 +120,44 @@ def test_copies_and_pickles(
         torch.testing.assert_close(logits(other), expected)
     handle.detach()
     torch.testing.assert_close(logits(again), expected)
+
+
+def other_positions(model: Any) -> Any:
+    zeros = [torch.zeros(2, 3, 8)] * 2
+    prefix = Prefix(zeros, zeros)
+    prefix.positions = "keep"
+    return prefix
+
+
+SWAPS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    "nothing of ours": (lambda model: torch.nn.Linear(2, 2), TypeError, "got a Linear"),
+    "another policy": (other_positions, ValueError, "positions='shift', .* 'keep': attach"),
+    "fewer layers": (
+        lambda model: Prefix([torch.zeros(2, 3, 8)], [torch.zeros(2, 3, 8)]),
+        ValueError,
+        "must have 2 layers like the model, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "words"), SWAPS.values(), ids=SWAPS.keys())
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_put_in_a_prefixs_place_is_checked(
+    case: Callable[..., Any],
+    attach: Any,
+    make: Callable[[Any], Any],
+    error: type[Exception],
+    words: str,
+    compiled: bool,
+) -> None:
+    llama = case("llama")
+    whole = llama.prefix()
+    attach(llama.model, whole)
+    run = torch.compile(llama.model, backend="eager") if compiled else llama.model
+    with torch.no_grad():
+        llama.assert_close(run(llama.input_ids).logits)
+        llama.model.prefixattn = make(llama.model)
+        with pytest.raises(error, match=words):
+            run(llama.input_ids)
+        llama.model.prefixattn = whole
+        llama.assert_close(run(llama.input_ids).logits)
