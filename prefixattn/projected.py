@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 OWN = "projection."
 
 
+class _Affine(nn.Module):
+    """A linear map that is no `nn.Linear`: what is done to all of a model's is not meant for it.
+
+    LoRA on ``target_modules="all-linear"`` would be, and libraries that quantise.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        like = nn.Linear(in_features, out_features)
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*, in_features] -> [*, out_features]``."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class ProjectedPrefix(Prefix, kind="projected"):
     """A prefix computed by a small network, which trains more steadily (Li & Liang, 2021).
 
@@ -60,9 +77,9 @@ class ProjectedPrefix(Prefix, kind="projected"):
         self._own_shapes = [LayerShape(*shape) for shape in shapes]
         self.embedding = nn.Embedding(num_tokens, embedding_dim)
         self.transform = nn.Sequential(
-            nn.Linear(embedding_dim, hidden_dim),
+            _Affine(embedding_dim, hidden_dim),
             nn.Tanh(),
-            nn.Linear(hidden_dim, sum(shape.width for shape in self._own_shapes)),
+            _Affine(hidden_dim, sum(shape.width for shape in self._own_shapes)),
         )
 
     @classmethod

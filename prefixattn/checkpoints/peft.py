@@ -150,7 +150,9 @@ def _decoder_layers(model: nn.Module | None, num_layers: int, source: Path) -> i
     if config is None:
         return num_layers
     found = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
-    if not found or found > num_layers:
+    if not found:
+        raise ValueError(f"{source}: is of an encoder-decoder, which {type(model).__name__} is not")
+    if found > num_layers:
         raise ValueError(
             f"{source}: num_layers must be at least the {found} layers of the decoder of "
             f"{type(model).__name__}, got {num_layers}"

@@ -148,3 +148,14 @@ def test_lora_added_first_is_saved_in_silence(beside: Beside, tmp_path: Path, re
     tuned, _ = beside()
     tuned.save_pretrained(tmp_path)
     assert not [w for w in recwarn if "hold its adapters" in str(w.message)]
+
+
+def test_lora_on_all_linear_layers_leaves_a_prefixs_network(make_model: Any) -> None:
+    model = make_model()
+    network = prefixattn.ProjectedPrefix.for_model(model, 3, hidden_dim=8)
+    prefixattn.attach(model, network)
+    lora = peft.LoraConfig(**LORA | {"target_modules": "all-linear"})
+    tuned = peft.get_peft_model(model, lora)
+    names = [name for name, _ in tuned.named_parameters() if "lora_" in name]
+    assert any("q_proj" in name for name in names)
+    assert not [name for name in names if "prefixattn" in name]
