@@ -9,6 +9,8 @@ from torch import Tensor
 
 from prefixattn.bench.shapes import Case
 
+SPREAD = 16  # of a softcap
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -55,22 +57,23 @@ class Tensors:
 def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
     """Random tensors of a case; query, key and value are transposed views of `[B, S, H, D]`.
 
-    They take gradients where the case has a backward, and nowhere else.
+    They take gradients where the case has a backward, and nowhere else. Scores vary by 1, and
+    beside a softcap by a fair part of it: what it does to small ones, bfloat16 rounds away.
     """
     shape, trains = case.shape, case.passes != "fwd"
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(rows: int, tokens: int, heads: int) -> Tensor:
+    def normal(rows: int, tokens: int, heads: int, spread: float = 1.0) -> Tensor:
         size = (rows, tokens, heads, shape.D)
-        x = torch.randn(size, generator=generator, device=device).to(shape.torch_dtype)
-        return x.transpose(1, 2).requires_grad_(trains)
+        x = spread * torch.randn(size, generator=generator, device=device)
+        return x.to(shape.torch_dtype).transpose(1, 2).requires_grad_(trains)
 
     def prefix() -> Tensor:
         x = normal(shape.R, shape.P, shape.H_kv)
         return x.detach().contiguous().requires_grad_(trains)
 
     return Tensors(
-        query=normal(shape.B, shape.M, shape.H),
+        query=normal(shape.B, shape.M, shape.H, max(1.0, (shape.softcap or 0) / SPREAD)),
         key=normal(shape.B, shape.N, shape.H_kv),
         value=normal(shape.B, shape.N, shape.H_kv),
         prefix_key=prefix(),

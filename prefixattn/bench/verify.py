@@ -32,7 +32,6 @@ SEED = 1
 FAINT = 2**-8  # of a gain or the scale; half a unit in the last place of bfloat16
 STEP = 1e-3  # by which the scale is varied
 NOISE = 4.0  # root mean squares of eager's error that are no fault
-MOST = 0.25  # of one key, or of the softcap, that may seem to be missing
 GONE = 0.5  # of one token's gradient
 
 
@@ -105,10 +104,10 @@ class Part:
         error = got["out"] - self.exact.out
         if abs(off := _part_of(error, self.by_scale)) > FAINT:
             faults.append(f"out: as if the scale were {abs(off):.2%} off")
-        noise = NOISE * _rms(self.plain.out - self.exact.out)
+        usual = self.plain.out - self.exact.out
         for words, direction in self.by_fault.items():
-            size = direction.square().sum().sqrt().item()
-            if size and abs(_part_of(error, direction)) > max(MOST, noise / size):
+            most = max((1 + abs(_part_of(usual, direction))) / 2, _chance(usual, direction))
+            if abs(_part_of(error, direction)) > most:
                 faults.append(f"out: as if {words}")
         return "; ".join(fault for fault in faults if fault)
 
@@ -215,6 +214,16 @@ def _spread_out(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: tor
 
 def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
+
+
+def _chance(usual: Tensor, direction: Tensor) -> float:
+    """How much of `direction` may be in an error as large as the usual one, by chance.
+
+    The numbers of one query err together, those of different queries and heads do not.
+    """
+    together = usual.double().square().sum(-1) * direction.square().sum(-1)
+    size = direction.square().sum().item()
+    return 2 * together.sum().sqrt().item() / size if size else 0.0
 
 
 def _parts(case: Case) -> list[tuple[list[int], list[int]]]:
