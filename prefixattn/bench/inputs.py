@@ -57,8 +57,8 @@ class Tensors:
 def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
     """Random tensors of a case; query, key and value are transposed views of `[B, S, H, D]`.
 
-    They take gradients where the case has a backward, and nowhere else. Scores vary by 1, and
-    beside a softcap by a fair part of it: what it does to small ones, bfloat16 rounds away.
+    They take gradients where the case has a backward, and nowhere else. Scores vary by 1, and in
+    half precision beside a softcap by a fair part of it: what it does to small ones is rounded away.
     """
     shape, trains = case.shape, case.passes != "fwd"
     generator = torch.Generator(device).manual_seed(seed)
@@ -68,12 +68,15 @@ def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
         x = spread * torch.randn(size, generator=generator, device=device)
         return x.to(shape.torch_dtype).transpose(1, 2).requires_grad_(trains)
 
+    half = shape.torch_dtype.itemsize < 4
+    spread = max(1.0, (shape.softcap or 0) / SPREAD) if half else 1.0
+
     def prefix() -> Tensor:
         x = normal(shape.R, shape.P, shape.H_kv)
         return x.detach().contiguous().requires_grad_(trains)
 
     return Tensors(
-        query=normal(shape.B, shape.M, shape.H, max(1.0, (shape.softcap or 0) / SPREAD)),
+        query=normal(shape.B, shape.M, shape.H, spread),
         key=normal(shape.B, shape.N, shape.H_kv),
         value=normal(shape.B, shape.N, shape.H_kv),
         prefix_key=prefix(),
