@@ -57,8 +57,8 @@ class Tensors:
 def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
     """Random tensors of a case; query, key and value are transposed views of `[B, S, H, D]`.
 
-    They take gradients where the case has a backward, and nowhere else. Scores vary by 1, and in
-    half precision beside a softcap by a fair part of it: what it does to small ones is rounded away.
+    They take gradients where the case has a backward, and nowhere else. Scores vary by 1; in half
+    precision, beside a softcap, by a fair part of it: what it does to small ones is rounded away.
     """
     shape, trains = case.shape, case.passes != "fwd"
     generator = torch.Generator(device).manual_seed(seed)
