@@ -188,7 +188,7 @@ class PrefixBank(PrefixSource):
             RuntimeError: outside of ``use``.
         """
         compiling, trains = torch.compiler.is_compiling(), torch.is_grad_enabled()
-        use = self._uses.innermost if compiling else self._uses.read()
+        use = self._uses.read()
         if use is None:
             raise RuntimeError(
                 "no members are in use: run the model within `with bank.use([0, ...]):`, one "

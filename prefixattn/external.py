@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from prefixattn.in_use import InUse
@@ -99,7 +98,7 @@ class ExternalPrefix(PrefixSource):
 
     def batch(self) -> PrefixBatch:
         """What the forward of the model attends to: one entry for all rows, or one for each."""
-        pairs = self._uses.innermost if torch.compiler.is_compiling() else self._uses.read()
+        pairs = self._uses.read()
         if pairs is None:
             raise RuntimeError(
                 "no keys and values are in use: run the model within "

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
+import torch
+
 from prefixattn.kept import await_cache, begin_text, current_cache, current_text
 
 T = TypeVar("T")
@@ -64,13 +66,13 @@ class InUse(Generic[T]):
         return [held.item for held in self._held]
 
     def read(self) -> T | None:
-        """The innermost item, for a forward.
+        """The innermost item, for a forward; a compiler does not see whose it is.
 
         Raises:
             RuntimeError: a text that goes on began with another item, whose context is open.
         """
-        if not self._held:
-            return None
+        if not self._held or torch.compiler.is_compiling():
+            return self.innermost
         held, (cache, goes_on) = self._held[-1], current_cache()
         for other in self._held[:-1]:
             if other.reads(goes_on, cache):

@@ -131,15 +131,21 @@ class Writer:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Of one process, which may go on with a file of its own.
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{path}: another process is writing it") from None
+        if path.is_file() or not path.exists():  # and no pipe or device
+            self._lock()
         if path.exists() and path.stat().st_size and not fresh:
             self.records = read(path, fields)
         self.write_all()  # what an interruption cut short goes
+
+    def _lock(self) -> None:
+        """Keep other processes out; this one may go on with a file of its own."""
+        assert self.path is not None
+        place = self.path.resolve()
+        self._held = FileLock(place.with_name(f".{place.name}.lock"), is_singleton=True)
+        try:
+            self._held.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.path}: another process is writing it") from None
 
     def write_all(self) -> None:
         """Write every record anew."""
@@ -147,9 +153,9 @@ class Writer:
             return
         text = "".join(json.dumps(record) + "\n" for record in self.records)
         if self.path.is_file():
-            replace_file(self.path, lambda place: place.write_text(text))
+            replace_file(self.path.resolve(), lambda place: place.write_text(text))
         else:
-            self.path.write_text(text)  # a pipe or a device, too
+            self.path.write_text(text)
 
     def add(self, records: list[Record]) -> None:
         """Write records, whole and at once: what was measured outlives an interruption."""

@@ -138,6 +138,18 @@ def test_two_processes_have_no_place_in_one_file(tmp_path: Path) -> None:
     assert path.read_text() == before
 
 
+def test_a_link_stays_and_a_device_is_not_locked(tmp_path: Path) -> None:
+    path, link = tmp_path / "out.jsonl", tmp_path / "link"
+    link.symlink_to(path)
+    run_all(selection(), Writer(path))
+    run_all(selection("merge"), Writer(link))
+    assert link.is_symlink()
+    assert len(runs_of(records.read(path))) == 2
+    Writer(Path("/dev/null"))
+    assert not Path("/dev/.null.lock").exists()
+    assert Path("/dev/null").is_char_device()
+
+
 def test_two_machines_have_no_place_in_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "files": ("torch safetensors", ""),
     "layers": ("torch", ""),
     "kept": ("torch", ""),
-    "in_use": ("kept", ""),
+    "in_use": ("torch kept", ""),
     "stored": ("torch safetensors files layers", ""),
     "initialise": ("torch layers", "integrations.*"),
     "ranks": ("torch", "deepspeed"),
