@@ -113,10 +113,10 @@ class Row:
             return
         (kernels,) = self._run("forward", lambda: forward.forward(problem))
         yield "forward", kernels[0]
-        out, lse = (torch.zeros_like(result) for result in problem.empty_output())
+        out, lse, lse_rest = (torch.zeros_like(result) for result in problem.empty_output())
         wanted = VARIANTS[self.variant].wanted
         dq, slots, delta = self._run(
-            "backward", lambda: backward.backward(problem, out, None, out, lse, wanted)
+            "backward", lambda: backward.backward(problem, out, None, out, lse, lse_rest, wanted)
         )
         yield from (("dq", kernel) for kernel in dq)
         # Wide heads have two launches, first for keys.

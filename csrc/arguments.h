@@ -31,7 +31,7 @@ struct Arguments {
       *offsets, *dropout_seed;
   const double *sinks, *alibi_slopes;  // [heads], null when absent
   Tensor query, key, value, prefix_key, prefix_value, out;
-  void* lse;  // [rows, heads, queries], float or double; a forward takes null for none
+  void *lse, *lse_rest;  // [rows, heads, queries], float or double; a forward takes null for none
   Bias prefix_bias, attn_mask;
   // Backward only. A gradient that nobody asked for is null.
   Tensor dout, dquery, dkey, dvalue, dprefix_key, dprefix_value;

@@ -23,7 +23,7 @@ class ByLanes {
   void begin(const Block<T>& block) {
     T* rows[kBlock];
     block.rows(block.arguments.query, rows);
-    pack_lanes(query_, rows, block.count, head_dim_);
+    pack_lanes(query_, kBlock, [&](int64_t lane) { return rows[lane]; }, block.count, head_dim_);
     fresh_ = true;
   }
 
@@ -41,6 +41,22 @@ class ByLanes {
     multiply(sums_, kBlock, Left<Unit>{value_, 1, value_stride()},
              over_keys(weights_, tile, count, block.vectors()), kBlock, value_dim_, block.vectors(),
              units<Unit>(count), fresh_ ? Start::zero : Start::scaled, factors);
+    fresh_ = false;
+  }
+
+  // whole = whole * mine + sums * others, lane by lane, and no sums any more.
+  void fold(double* whole, const double* mine, const double* others, int64_t count) {
+    for (int64_t i = 0; i < value_dim_; ++i)
+      for (int64_t lane = 0; lane < count; ++lane) {
+        double& sum = whole[i * kBlock + lane];
+        sum = sum * mine[lane] + double(sums_[i * kBlock + lane]) * others[lane];
+      }
+    fresh_ = true;
+  }
+
+  // Takes back what was folded.
+  void unfold(const double* whole) {
+    for (int64_t i = 0; i < value_dim_ * kBlock; ++i) sums_[i] = Sum(whole[i]);
     fresh_ = false;
   }
 

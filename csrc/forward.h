@@ -77,7 +77,7 @@ struct Partial {
     const Sum factor = state.normalise(0, a.sinks ? a.sinks + lane.head : nullptr);
     T* out = at<T>(a.out, lane);
     for (int64_t i = 0; i < value_dim; ++i) out[i] = narrow<T>(sums[i] * factor);
-    if (a.lse) static_cast<Sum*>(a.lse)[place] = state.log_sum(0);
+    write_log_sum(a, lane, state, 0);
   }
 };
 

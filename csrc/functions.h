@@ -5,6 +5,14 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
+// The polynomial in x with these coefficients, that of the highest power first (Horner's rule).
+template <class... Rest>
+inline Vector<float> polynomial(Vector<float> x, float highest, Rest... rest) {
+  Vector<float> series = broadcast(highest);
+  for (const float coefficient : {rest...}) series = fused(series, x, broadcast(coefficient));
+  return series;
+}
+
 // e^x for x <= 88; under 1.25 units in the last place; 0 below -87.7, where floats turn subnormal.
 // x = n ln 2 + r with a whole n (Cody and Waite, 1980), e^x = 2^n e^r; the polynomial in r is a
 // minimax fit of degree 6 over |r| <= ln 2 / 2 with its first two coefficients fixed at 1.
@@ -12,16 +20,11 @@ inline Vector<float> exp(Vector<float> x) {
   constexpr float kWhole = 0x1.8p23f;  // added and taken away, it rounds to a whole number
   constexpr float kLowest = -88.0f;
   x = x < kLowest ? broadcast(kLowest) : x;
-  const Vector<float> shifted = x * 0x1.715476p0f + kWhole;
+  const Vector<float> shifted = fused(x, broadcast(0x1.715476p0f), broadcast(kWhole));
   const Vector<float> n = shifted - kWhole;
-  const Vector<float> r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
-  Vector<float> series = broadcast(0x1.6a2352p-10f);
-  series = series * r + 0x1.123a6cp-7f;
-  series = series * r + 0x1.5558f4p-5f;
-  series = series * r + 0x1.555490p-3f;
-  series = series * r + 0x1.fffffcp-2f;
-  series = series * r + 1.0f;
-  series = series * r + 1.0f;
+  const Vector<float> r = fused(n, broadcast(0x1.bd0106p-13f), fused(n, broadcast(-0x1.63p-1f), x));
+  const Vector<float> series = polynomial(r, 0x1.6a2352p-10f, 0x1.123a6cp-7f, 0x1.5558f4p-5f,
+                                          0x1.555490p-3f, 0x1.fffffcp-2f, 1.0f, 1.0f);
   const auto exponent = bits_as<Vector<int32_t>>(shifted) - bits_as<int32_t>(kWhole) + 127;
   return series * bits_as<Vector<float>>(exponent << 23);
 }
@@ -36,12 +39,9 @@ inline Vector<double> exp(Vector<double> x) {
 inline Vector<float> tanh(Vector<float> x) {
   const Vector<float> size = x < 0.0f ? -x : x;
   const Vector<float> square = x * x;
-  Vector<float> series = broadcast(-0x1.75e05ap-8f);
-  series = series * square + 0x1.52264cp-6f;
-  series = series * square + -0x1.b83c4ep-5f;
-  series = series * square + 0x1.110726p-3f;
-  series = series * square + -0x1.555532p-2f;
-  const Vector<float> near = x + x * square * series;
+  const Vector<float> series = polynomial(square, -0x1.75e05ap-8f, 0x1.52264cp-6f, -0x1.b83c4ep-5f,
+                                          0x1.110726p-3f, -0x1.555532p-2f);
+  const Vector<float> near = fused(x * square, series, x);
   const Vector<float> far =
       1.0f - 2.0f / (exp(size > 10.0f ? broadcast(20.0f) : size + size) + 1.0f);
   return size < 0.625f ? near : x < 0.0f ? -far : far;

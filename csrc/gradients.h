@@ -1,7 +1,7 @@
 // The backward of one block: it walks over the tiles once more and adds to the gradients.
 //
-// With weights w = exp(score - lse) and d = sum(dout * out) - dlse, the gradient of a score is
-// w (dout . value - d) (Dao et al., "FlashAttention", 2022, appendix B.2).
+// With weights w = exp((score - lse) - lse_rest) and d = sum(dout * out) - dlse, the gradient of a
+// score is w (dout . value - d) (Dao et al., "FlashAttention", 2022, appendix B.2).
 #pragma once
 
 #include "block.h"
@@ -22,7 +22,7 @@ class Backward {
   using Unit = UnitOf<T>;
   using Sum = SumOf<T>;
 
-  Backward(const Arguments& a, Arena& arena) : arguments_(a), block_(a) {
+  Backward(const Arguments& a, Arena& arena) : arguments_(a), folds_(has_long_rows(a)), block_(a) {
     arena.plan(&query_, units<Unit>(a.head_dim) * kBlock);
     arena.plan(&dout_, units<Unit>(a.value_dim) * kBlock);
     arena.plan(&out_, units<Unit>(a.value_dim) * kBlock);
@@ -35,6 +35,7 @@ class Backward {
     arena.plan(&gradients_, kTile * kBlock);
     arena.plan(&slopes_, a.softcap > 0 ? kTile * kBlock : 0);
     arena.plan(&dquery_, a.head_dim * kBlock);
+    arena.plan(&whole_, folds_ ? a.head_dim * kBlock : 0);
   }
 
   // Numbers from one key's sums to the next.
@@ -52,13 +53,15 @@ class Backward {
       const Lane& at_lane = block_.lanes[real ? lane : 0];
       queries[lane] = at<T>(a.query, at_lane);
       douts[lane] = at<T>(a.dout, at_lane);
-      const Sum lse = static_cast<const Sum*>(a.lse)[place_of(a, at_lane)];
+      const int64_t place = place_of(a, at_lane);
+      const Sum lse = static_cast<const Sum*>(a.lse)[place];
+      lse_rest_[lane] = real ? static_cast<const Sum*>(a.lse_rest)[place] : Sum(0);
       // Queries that see nothing, and lanes without one, get weights of exp(-inf).
       lse_[lane] = !real || lse == -Sum(INFINITY) ? Sum(INFINITY) : lse;
       outs[lane] = at<T>(a.out, at_lane);
     }
-    pack_lanes(query_, queries, block_.count, a.head_dim);
-    pack_lanes(dout_, douts, block_.count, a.value_dim);
+    pack(query_, queries, a.head_dim);
+    pack(dout_, douts, a.value_dim);
     sum_delta(outs);
     pack_columns(
         query_columns_, key_width(), [&](int64_t lane) { return queries[lane]; }, lanes(),
@@ -67,6 +70,7 @@ class Backward {
         dout_columns_, value_width(), [&](int64_t lane) { return douts[lane]; }, lanes(),
         a.value_dim);
     std::memset(dquery_, 0, size_t(a.head_dim * kBlock) * sizeof(Sum));
+    tiles_ = 0, folded_ = false;
   }
 
   // Adds what the slots in `range` give to the queries' gradient and to `sums`.
@@ -83,13 +87,18 @@ class Backward {
         multiply(sums.key + first * key_width(), key_width(),
                  over_queries(operand_, gradients_, keys), query_columns_, key_width(), keys,
                  key_width() / kLanes<Sum>, units<Unit>(lanes()), Start::sum);
-      if (arguments_.dquery.data) add_to_queries(source, first, keys);
+      if (!arguments_.dquery.data) continue;
+      add_to_queries(source, first, keys);
+      if (++tiles_ >= kRun && folds_) fold();
     }
   }
 
   // Writes the gradient of the block's queries.
   void finish() {
     if (!arguments_.dquery.data) return;
+    if (folded_) fold();
+    const int64_t numbers = arguments_.head_dim * kBlock;
+    for (int64_t i = 0; folded_ && i < numbers; ++i) dquery_[i] = Sum(whole_[i]);
     alignas(64) Sum scale[kBlock];
     T* rows[kBlock];
     block_.rows(arguments_.dquery, rows);
@@ -115,19 +124,37 @@ class Backward {
   }
 
  private:
+  // Takes what the run of tiles at hand gave to the queries' gradient into the sum of all.
+  void fold() {
+    const int64_t numbers = arguments_.head_dim * kBlock;
+    for (int64_t i = 0; i < numbers; ++i)
+      whole_[i] = (folded_ ? whole_[i] : 0) + double(dquery_[i]);
+    std::memset(dquery_, 0, size_t(numbers) * sizeof(Sum));
+    tiles_ = 0, folded_ = true;
+  }
+
+  void pack(Unit* to, const T* const* rows, int64_t width) const {
+    pack_lanes(to, kBlock, [&](int64_t lane) { return rows[lane]; }, block_.count, width);
+  }
+
   int64_t lanes() const { return block_.vectors() * kLanes<Sum>; }
   bool capped() const { return arguments_.softcap > 0; }
 
-  // sum(dout * out) - dlse at each query, in the order in which `products` sums dout . value: of a
-  // query that sees one key both are the same number, and the gradient is 0.
+  // sum(dout * out) - dlse at each query, in the order in which `dot_products` sums dout . value:
+  // of a query that sees one key both are the same number, and the gradient is 0.
   void sum_delta(const T* const* outs) {
     const Sum* dlse = static_cast<const Sum*>(arguments_.dlse);
-    pack_lanes(out_, outs, block_.count, arguments_.value_dim);
+    pack(out_, outs, arguments_.value_dim);
+    const int64_t depth = units<Unit>(arguments_.value_dim);
     for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
-      Vector<Sum> sums{};
-      for (int64_t unit = 0; unit < units<Unit>(arguments_.value_dim); ++unit)
-        sums = multiply_lanes(sums, out_ + unit * kBlock + lane, dout_ + unit * kBlock + lane);
-      store(delta_ + lane, sums);
+      Vector<Sum> delta{};
+      for (int64_t first = 0; first < depth; first += kChain<T>) {
+        Vector<Sum> sums{};
+        for (int64_t unit = first; unit < depth && unit < first + kChain<T>; ++unit)
+          sums = multiply_lanes(sums, out_ + unit * kBlock + lane, dout_ + unit * kBlock + lane);
+        delta = first ? delta + sums : sums;
+      }
+      store(delta_ + lane, delta);
     }
     for (int64_t lane = 0; dlse && lane < block_.count; ++lane)
       delta_[lane] -= dlse[place_of(arguments_, block_.lanes[lane])];
@@ -152,12 +179,13 @@ class Backward {
     Limits<Sum> room;
     const Limits<Sum>* limits = block_.limit(seen, first, keys, room);
     for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
-      const Vector<Sum> lse = load(lse_ + lane), delta = load(delta_ + lane);
+      const Vector<Sum> lse = load(lse_ + lane), rest = load(lse_rest_ + lane);
+      const Vector<Sum> delta = load(delta_ + lane);
       for (int64_t key = 0; key < keys; ++key) {
         const int64_t at = key * kBlock + lane;
         Vector<Sum> scores = load(weights_ + at) * scale;
         if (limits) scores = hide(scores, *limits, lane, key);
-        const Vector<Sum> weights = exp(scores - lse);
+        const Vector<Sum> weights = exp((scores - lse) - rest);
         store(weights_ + at, weights);
         store(gradients_ + at, weights * (load(gradients_ + at) - delta));
       }
@@ -190,10 +218,14 @@ class Backward {
   }
 
   const Arguments& arguments_;
+  const bool folds_;
   Block<T> block_;
-  alignas(64) Sum lse_[kBlock], delta_[kBlock];
+  alignas(64) Sum lse_[kBlock], lse_rest_[kBlock], delta_[kBlock];
   Unit *query_, *dout_, *out_, *query_columns_, *dout_columns_, *packed_, *key_columns_, *operand_;
   Sum *weights_, *gradients_, *slopes_, *dquery_;
+  double* whole_;      // [head_dim][kBlock], of the runs of tiles before the one at hand
+  int64_t tiles_ = 0;  // of the run at hand
+  bool folded_ = false;
 };
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -64,9 +64,10 @@ void pack_columns(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t rows
   }
 }
 
-// to [units(width)][kBlock]: each row becomes a lane; lanes past `count` are zero up to a vector.
-template <class Unit, class T>
-void pack_lanes(Unit* to, const T* const* rows, int64_t count, int64_t width) {
+// to [units(width)][to_stride]: each of the rows `row_at(0)`, ... becomes a lane; lanes past
+// `count` are zero up to a vector.
+template <class Unit, class RowAt>
+void pack_lanes(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t count, int64_t width) {
   constexpr int lanes = kLanes<Unit>;
   const int64_t depth = units<Unit>(width);
   for (int64_t lane = 0; lane < count; lane += lanes)
@@ -74,11 +75,11 @@ void pack_lanes(Unit* to, const T* const* rows, int64_t count, int64_t width) {
       Vector<Bits<Unit>> square[lanes];
       for (int i = 0; i < lanes; ++i)
         square[i] = lane + i < count
-                        ? load_units<Unit>(rows[lane + i], unit * kPerUnit<Unit>, width)
+                        ? load_units<Unit>(row_at(lane + i), unit * kPerUnit<Unit>, width)
                         : Vector<Bits<Unit>>{};
       transpose<Bits<Unit>>(square);
       for (int i = 0; i < lanes && unit + i < depth; ++i)
-        store(reinterpret_cast<Bits<Unit>*>(to + (unit + i) * kBlock + lane), square[i]);
+        store(reinterpret_cast<Bits<Unit>*>(to + (unit + i) * to_stride + lane), square[i]);
     }
 }
 
@@ -157,7 +158,7 @@ void products(SumOf<T>* tile, const T* rows, int64_t stride, int64_t count, int6
   } else {
     pack_rows(packed, rows, stride, count, width);
   }
-  multiply(tile, kBlock, left, lanes, kBlock, count, vectors, units<Unit>(width), Start::zero);
+  dot_products<T>(tile, kBlock, left, lanes, kBlock, count, vectors, units<Unit>(width));
 }
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 
 namespace prefixattn {
 
@@ -23,6 +24,7 @@ struct Queue {
 };
 
 constexpr int64_t kAlignment = 64;  // of a vector
+constexpr int kMostArrays = 24;     // in one workspace
 
 // The workspace of one thread or one call. `failed` is set where there was no memory.
 class Arena {
@@ -34,6 +36,7 @@ class Arena {
   // Announces an array; after the last one, `reserve`.
   template <class T>
   void plan(T** array, int64_t count) {
+    if (used_ == kMostArrays) std::abort();  // a mistake of this library, which a test would meet
     slots_[used_++] = {reinterpret_cast<void**>(array), size_};
     size_ += (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -48,7 +51,7 @@ class Arena {
     int64_t offset;
   };
   std::atomic<bool>& failed_;
-  Slot slots_[24];
+  Slot slots_[kMostArrays];
   int used_ = 0;
   int64_t size_ = 0;
   char* start_ = nullptr;

@@ -47,10 +47,10 @@ constexpr int64_t units(int64_t numbers) {
 }
 
 inline Vector<float> multiply_add(Vector<float> sum, const float* a, const float* b) {
-  return sum + *a * load(b);
+  return fused(broadcast(*a), load(b), sum);
 }
 inline Vector<double> multiply_add(Vector<double> sum, const double* a, const double* b) {
-  return sum + *a * load(b);
+  return fused(broadcast(*a), load(b), sum);
 }
 #if defined(__AVX512BF16__)
 inline Vector<float> multiply_add(Vector<float> sum, const Pair* a, const Pair* b) {
@@ -61,10 +61,10 @@ inline Vector<float> multiply_add(Vector<float> sum, const Pair* a, const Pair* 
 
 // The same lane by lane.
 inline Vector<float> multiply_lanes(Vector<float> sum, const float* a, const float* b) {
-  return sum + load(a) * load(b);
+  return fused(load(a), load(b), sum);
 }
 inline Vector<double> multiply_lanes(Vector<double> sum, const double* a, const double* b) {
-  return sum + load(a) * load(b);
+  return fused(load(a), load(b), sum);
 }
 #if defined(__AVX512BF16__)
 inline Vector<float> multiply_lanes(Vector<float> sum, const Pair* a, const Pair* b) {
@@ -110,7 +110,7 @@ inline void panel(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t
       const int lane = j * kLanes<Sum>;
       Sum* const to = c + i * c_stride + lane;
       if (start == Start::sum) sums[i][j] += load(to);
-      if (start == Start::scaled) sums[i][j] += load(to) * load(factors + lane);
+      if (start == Start::scaled) sums[i][j] = fused(load(to), load(factors + lane), sums[i][j]);
       store(to, sums[i][j]);
     }
 }
@@ -157,6 +157,29 @@ void multiply(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_s
       panels<1>(c, c_stride, a, b, b_stride, rows, depth, start, factors);
       j += 1, c += lanes, b += lanes, factors += factors ? lanes : 0;
     }
+  }
+}
+
+// Numbers of a dot product that are summed before they meet the others. One chain over a whole head
+// dimension would carry the rounding of a large number, as that of an outlier channel, through all
+// numbers behind it. Storage of 16 bits rounds by more than that.
+template <class T>
+constexpr int64_t kChain = sizeof(T) >= 4 ? 16 : 1 << 20;
+
+// C [rows][vectors * lanes] = A B, where every number of C is a dot product of numbers stored as T.
+//
+// Every score is such a number, whatever its block looks like, so that the backward finds the very
+// number that the forward had. A score that differed in its last digits would leave the gradients
+// of a query's scores with a sum other than 0, and that sum reaches the query's gradient times
+// whatever all keys have in common, which is large where one channel of the keys is.
+template <class T, class Sum, class Unit>
+void dot_products(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_stride,
+                  int64_t rows, int64_t vectors, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += kChain<T>) {
+    const int64_t chain = depth - k < kChain<T> ? depth - k : kChain<T>;
+    multiply(c, c_stride, a, b, b_stride, rows, vectors, chain, k ? Start::sum : Start::zero);
+    a.data += chain * a.depth_stride;
+    b += chain * b_stride;
   }
 }
 

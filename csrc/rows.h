@@ -22,7 +22,8 @@ struct Row {
 };
 
 inline Row row_of(const Arguments& a, int64_t number) {
-  constexpr int64_t kFar = int64_t(1) << 62;  // a query's own position stays within int64
+  // A query's position stays within int64, and beyond what a window, below 2^62, reaches.
+  constexpr int64_t kFar = (int64_t(1) << 62) + (int64_t(1) << 50);
   Row row{number, number, 0, a.queries, 0, a.keys, 0, a.keys, 0, a.bank == 1 ? 0 : number, 0};
   if (a.bounds_q) {
     row.batch = 0;

@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace prefixattn::PREFIXATTN_ISA {
@@ -72,6 +74,32 @@ struct IntegerOf<double> {
 };
 template <class T>
 using Integer = typename IntegerOf<T>::type;
+
+// a * b + c, rounded once where the instruction set can. The compiler is told to fuse nothing by
+// itself: it would do so in one copy of a formula and not in another, and two passes over the same
+// keys would disagree about a score.
+inline Vector<float> fused(Vector<float> a, Vector<float> b, Vector<float> c) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+inline Vector<double> fused(Vector<double> a, Vector<double> b, Vector<double> c) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // NaN in `a` is kept, as it must reach the output.
 template <class T>
@@ -201,18 +229,6 @@ inline void transpose(Vector<T> (&square)[kLanes<T>]) {
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) square[i] = next[i];
   }
-}
-
-// The sum of each vector's lanes.
-template <class T>
-inline Vector<T> sum_each(Vector<T> (&vectors)[kLanes<T>]) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  Vector<Bits> square[kLanes<T>];
-  std::memcpy(&square, &vectors, sizeof square);
-  transpose<Bits>(square);
-  Vector<T> sums = bits_as<Vector<T>>(square[0]);
-  for (int i = 1; i < kLanes<T>; ++i) sums += bits_as<Vector<T>>(square[i]);
-  return sums;
 }
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -50,7 +50,7 @@ struct SoftmaxState {
       const Vector<Sum> level = highest == -Sum(INFINITY) ? Vector<Sum>{} : highest;
       const Vector<Sum> factor = exp(load(peak + lane) - level);
       const Sum pending = limits ? Sum(1) : scale;
-      Vector<Sum> sum = load(total + lane) * factor;
+      Vector<Sum> sum{};  // the tile's own, before it meets what may be a large number
       for (int64_t key = 0; key < keys; ++key) {
         Sum* at = tile + key * kBlock + lane;
         const Vector<Sum> weights = exp(load(at) * pending - level);
@@ -58,7 +58,7 @@ struct SoftmaxState {
         store(at, weights);
       }
       store(peak + lane, highest);
-      store(total + lane, sum);
+      store(total + lane, fused(load(total + lane), factor, sum));
       store(factors + lane, factor);
     }
   }
@@ -82,6 +82,13 @@ struct SoftmaxState {
 
   // Natural log of the sum over all keys of e^score; -inf for a query that sees none.
   Sum log_sum(int64_t lane) const { return peak[lane] + std::log(total[lane]); }
+
+  // What rounding took from `log_sum`. Of a query all of whose keys have a score of finfo.min it is
+  // the log of their number, without which each would have the whole weight in the backward.
+  Sum log_sum_rest(int64_t lane) const {
+    const Sum sum = log_sum(lane);
+    return std::isfinite(sum) ? (peak[lane] - sum) + std::log(total[lane]) : Sum(0);
+  }
 };
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -120,7 +120,8 @@ def prefix_attention(
                 if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
                     fields = dict(zip(TENSORS, tensors, strict=True))
                     strict = torch.are_deterministic_algorithms_enabled()
-                    out, lse = attention(run.problem.but(**fields, deterministic=strict), "cpu")
+                    problem = run.problem.but(**fields, deterministic=strict)
+                    out, lse, _ = attention(problem, "cpu")
                 else:
                     out, lse = run(*tensors, with_lse=return_lse)
                 return (out, lse) if return_lse else out
@@ -131,7 +132,7 @@ def prefix_attention(
     problem = make_problem(**arguments)
     if problem.dropout_p > 0:
         problem = replace(problem, dropout_seed=new_seed(query.device))
-    out, lse = attention(problem, choose(implementation, problem))
+    out, lse, _ = attention(problem, choose(implementation, problem))
     return (out, lse) if return_lse else out
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefixattn.gradients import Upstream, log_sum
 from prefixattn.philox import keep_mask, random_words
 from prefixattn.problem import cut
 
@@ -65,8 +66,8 @@ class Block:
     keep: Tensor | None  # dropout
 
 
-def forward(source: Source) -> tuple[Tensor, Tensor]:
-    """`out [B, H, M, D_v]` and `lse [B, H, M]` of a softmax over this source alone."""
+def forward(source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    """`out [B, H, M, D_v]`, `lse` and `lse_rest [B, H, M]` of a softmax over this source alone."""
     b, h, m_all, _ = source.query.shape
     out = source.query.new_zeros(b, h, m_all, source.value.shape[-1], dtype=source.dtype)
     peak, total = out.new_full((b, h, m_all), -torch.inf), out.new_zeros(b, h, m_all)
@@ -80,8 +81,7 @@ def forward(source: Source) -> tuple[Tensor, Tensor]:
         addend = _ungroup(_group(_drop(source, block, weights), source.group) @ block.v, h)
         out[rows] = torch.addcmul(addend, out[rows], shrink[..., None])
         peak[rows] = new
-    lse = peak + torch.log(total)  # -inf where nothing was seen
-    return out.div_(total.masked_fill(total == 0, 1)[..., None]), lse
+    return out.div_(total.masked_fill(total == 0, 1)[..., None]), *log_sum(peak, total)
 
 
 @dataclass
@@ -94,16 +94,12 @@ class Gradients:
     bias: Tensor | None
 
 
-def backward(
-    source: Source, dout: Tensor, lse: Tensor, delta: Tensor, wanted: dict[str, bool]
-) -> Gradients:
-    """Gradients, given the `lse` the probabilities are normalised by.
+def backward(source: Source, up: Upstream, wanted: dict[str, bool]) -> Gradients:
+    """Gradients, given the log-sum-exp that the probabilities are normalised by.
 
     Args:
         source: as in forward.
-        dout: `[B, H, M, D_v]`.
-        lse: `[B, H, M]`, of the whole softmax that this source is a part of.
-        delta: `[B, H, M]`, `sum(dout * out) - dlse`.
+        up: what comes from the whole softmax that this source is a part of.
         wanted: which of query, key, value, bias to compute.
     """
 
@@ -116,16 +112,13 @@ def backward(
         )
 
     grads = Gradients(zeros("query"), zeros("key"), zeros("value"), zeros("bias"))
-    safe = lse.masked_fill(lse == -torch.inf, torch.inf)
     for block in _blocks(source):
-        weights = torch.exp(block.scores - safe[:, :, block.queries, None])
-        d = dout[:, :, block.queries].to(source.dtype)
-        d_grouped = _group(d, source.group)
+        rows = (slice(None), slice(None), block.queries)
+        weights, d_grouped, d_weights = _upstream(source, block, up)
         if grads.value is not None:
             dropped = _group(_drop(source, block, weights), source.group)
             _add_rows(grads.value[:, :, block.keys], dropped.mT @ d_grouped, source.entry)
-        d_weights = _ungroup(d_grouped @ block.v.mT, source.query.shape[1])
-        d_scores = weights * (_drop(source, block, d_weights) - delta[:, :, block.queries, None])
+        d_scores = weights * (_drop(source, block, d_weights) - up.delta[rows][..., None])
         if grads.bias is not None:
             _add_broadcast(grads.bias, d_scores, block)
         if block.slope is not None:
@@ -136,6 +129,28 @@ def backward(
         if grads.key is not None:
             _add_rows(grads.key[:, :, block.keys], ds.mT @ block.q, source.entry)
     return grads
+
+
+def weighed(source: Source, up: Upstream) -> Tensor:
+    """`[B, H, M]`: `sum(dout * out)` over this source's share of the output.
+
+    It is summed from the very numbers that `backward` subtracts it from: what `out` lost when it
+    was rounded does not come in.
+    """
+    total = torch.zeros_like(up.lse)
+    for block in _blocks(source):
+        weights, _, d_weights = _upstream(source, block, up)
+        total[:, :, block.queries] += (weights * _drop(source, block, d_weights)).sum(-1)
+    return total
+
+
+def _upstream(source: Source, block: Block, up: Upstream) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's probabilities, its `dout` by key heads, and the gradients of the probabilities."""
+    rows = (slice(None), slice(None), block.queries)
+    lse = up.lse[rows].masked_fill(up.lse[rows] == -torch.inf, torch.inf)
+    weights = torch.exp((block.scores - lse[..., None]) - up.lse_rest[rows][..., None])
+    dout = _group(up.dout[rows].to(source.dtype), source.group)
+    return weights, dout, _ungroup(dout @ block.v.mT, source.query.shape[1])
 
 
 def _blocks(source: Source) -> Iterator[Block]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import build
+from prefixattn.gradients import Upstream, sink_gradient
 from prefixattn.problem import TENSORS, Problem, room_like
 
 DTYPES = {
@@ -26,10 +27,10 @@ DTYPES = {
     torch.bool: 4,
 }
 # `Arguments`: sizes and flags, three floats, indices, tensors, biases, then those of the backward.
-RECORD = Struct("=17q3d10q24qq12q24qq12q")
+RECORD = Struct("=17q3d10q24q2q12q24qq12q")
 # The same record in pieces: threads, order, addresses and what is known of the keys' length apart
 # from what lies between them.
-PIECES = Struct(f"=qqq32sq{22 * 8}s" + "q24s" + "qqqq" * 2 + "q24s" * 3 + f"q{49 * 8}s")
+PIECES = Struct(f"=qqq32sq{22 * 8}s" + "q24s" + "qqqq" * 2 + "q24s" * 3 + f"q{50 * 8}s")
 NO_TENSOR = (0, 0, 0, 0)
 NO_BIAS = (0, 0, 0, 0, 0, 0)
 NO_BACKWARD = (*NO_TENSOR * 6, 0, *NO_BIAS * 2)
@@ -38,18 +39,17 @@ OF_PREFIX = ("prefix_key", "prefix_value", "prefix_bias")
 NO_MEMORY = 1
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, M, D_v]` in the query's dtype and `lse [B, H, M]`."""
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, H, M, D_v]` in the query's dtype, `lse` and `lse_rest [B, H, M]`."""
     if problem.prefix_gate is not None:
-        (out, lse), (prefix_out, _) = (forward(half) for half in _halves(problem))
-        gate = problem.prefix_gate.to(lse.dtype)[:, None, None]
-        return torch.addcmul(out.to(lse.dtype), gate, prefix_out.to(lse.dtype)).to(out.dtype), lse
-    out, lse = problem.empty_output()
-    if problem.packed:  # queries of no segment
-        out.zero_()
-        lse.fill_(-torch.inf)
-    _call("prefixattn_forward", problem, out, lse, NO_BACKWARD)
-    return out, lse
+        (out, *numbers), (prefix_out, *_) = (forward(half) for half in _halves(problem))
+        gate, dtype = problem.prefix_gate.to(problem.accumulator)[:, None, None], out.dtype
+        wide = torch.addcmul(out.to(gate.dtype), gate, prefix_out.to(gate.dtype))
+        return wide.to(dtype), *numbers
+    # Packed, there may be queries of no segment.
+    results = problem.no_output() if problem.packed else problem.empty_output()
+    _call("prefixattn_forward", problem, *results, NO_BACKWARD)
+    return results
 
 
 def backward(
@@ -58,41 +58,35 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     wanted: tuple[str, ...],
 ) -> list[Tensor]:
     """Gradients of the `wanted` arguments."""
-    if dout is None:
-        dout = torch.zeros_like(out)
+    up = Upstream(torch.zeros_like(out) if dout is None else dout, out, lse, lse_rest, dlse)
     if problem.prefix_gate is not None:
-        grads = _gated_backward(problem, dout, dlse, lse, wanted)
+        grads = _gated_backward(problem, up, wanted)
     else:
-        grads = _backward(problem, dout, dlse, out, lse, wanted)
+        grads = _backward(problem, up, wanted)
     return [grads[name] for name in wanted]
 
 
-def _backward(
-    problem: Problem,
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    wanted: Iterable[str],
-) -> dict[str, Tensor]:
-    p = problem
+def _backward(problem: Problem, up: Upstream, wanted: Iterable[str]) -> dict[str, Tensor]:
+    p, dlse = problem, up.dlse
     grads = {name: _empty_gradient(p, name) for name in wanted if name in (*TENSORS, *BIASES)}
     if dlse is not None:
-        dlse = dlse.to(lse.dtype).contiguous()
-    lse = lse.contiguous()
-    tensors = [_tensor(x) for x in (dout, *(grads.get(name) for name in TENSORS))]
+        dlse = dlse.to(up.lse.dtype).contiguous()
+    lse, lse_rest = up.lse.contiguous(), up.lse_rest.contiguous()
+    tensors = [_tensor(x) for x in (up.dout, *(grads.get(name) for name in TENSORS))]
     biases = [_bias(grads.get(name), _size(p, name)) for name in BIASES]
     places = (*_joined(tensors), 0 if dlse is None else dlse.data_ptr(), *_joined(biases))
     if grads:
-        _call("prefixattn_backward", p, out, lse, places)
+        _call("prefixattn_backward", p, up.out, lse, lse_rest, places)
     for name in BIASES:
         if name in grads:
             grads[name] = grads[name].to(getattr(p, name).dtype)
     if "sinks" in wanted:
-        grads["sinks"] = _sink_gradient(p, dout, dlse, out, lse)
+        assert p.sinks is not None
+        grads["sinks"] = sink_gradient(p.sinks, up).to(p.sinks.dtype)
     return grads
 
 
@@ -109,19 +103,6 @@ def _empty_gradient(p: Problem, name: str) -> Tensor:
     return room.zero_() if p.packed or name.startswith("prefix") else room
 
 
-def _sink_gradient(
-    p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
-) -> Tensor:
-    """A sink takes `exp(sink - lse)` of every query and gives nothing to the output."""
-    assert p.sinks is not None
-    delta = torch.einsum("bhmd,bhmd->bhm", dout.to(lse.dtype), out.to(lse.dtype))
-    if dlse is not None:
-        delta = delta - dlse
-    taken = torch.exp(p.sinks.to(lse.dtype)[:, None] - lse)
-    taken = taken.masked_fill(lse == -torch.inf, 0)
-    return -(taken * delta).sum((0, 2)).to(p.sinks.dtype)
-
-
 def _halves(problem: Problem) -> tuple[Problem, Problem]:
     """The sequence without the prefix, and the prefix without the sequence."""
     p = replace(problem, prefix_gate=None)
@@ -130,33 +111,38 @@ def _halves(problem: Problem) -> tuple[Problem, Problem]:
     return replace(p, prefix_index=none), replace(p, key_length=nothing, sinks=None)
 
 
-def _gated_backward(
-    problem: Problem, dout: Tensor, dlse: Tensor | None, lse: Tensor, wanted: tuple[str, ...]
-) -> dict[str, Tensor]:
+def _gated_backward(problem: Problem, up: Upstream, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """Each half by its own softmax, whose output is computed once more."""
-    p = problem
+    p, wide = problem, up.lse.dtype
     assert p.prefix_gate is not None
     sequence, prefix = _halves(p)
-    (out, _), (prefix_out, prefix_lse) = forward(sequence), forward(prefix)
-    gate = p.prefix_gate.to(lse.dtype)[:, None, None]
+    (out, *_), (prefix_out, *prefix_numbers) = forward(sequence), forward(prefix)
+    gate = p.prefix_gate.to(wide)[:, None, None]
     of_sequence = [name for name in wanted if not name.startswith("prefix")]
     of_prefix = [name for name in wanted if name in ("query", *OF_PREFIX)]
-    grads = _backward(sequence, dout, dlse, out, lse, of_sequence)
-    prefix_dout = (gate * dout.to(lse.dtype)).to(dout.dtype)
-    prefix_grads = _backward(prefix, prefix_dout, None, prefix_out, prefix_lse, of_prefix)
+    grads = _backward(sequence, replace(up, out=out), of_sequence)
+    prefix_dout = (gate * up.dout.to(wide)).to(up.dout.dtype)
+    prefix_up = Upstream(prefix_dout, prefix_out, prefix_numbers[0], prefix_numbers[1], None)
+    prefix_grads = _backward(prefix, prefix_up, of_prefix)
     if "query" in grads:
         grads["query"] = grads["query"] + prefix_grads.pop("query")
     if "prefix_gate" in wanted:
-        taken = (dout.to(lse.dtype) * prefix_out.to(lse.dtype)).sum((0, 2, 3))
+        taken = (up.dout.to(wide) * prefix_out.to(wide)).sum((0, 2, 3))
         grads["prefix_gate"] = taken.to(p.prefix_gate.dtype)
     return grads | prefix_grads
 
 
 def _call(
-    function: str, problem: Problem, out: Tensor, lse: Tensor, backward: tuple[int, ...]
+    function: str,
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    backward: tuple[int, ...],
 ) -> None:
     vectors = _vectors(problem)
-    _run(function, _record(problem, vectors, _tensor(out), lse.data_ptr(), backward))
+    results = (*_tensor(out), lse.data_ptr(), lse_rest.data_ptr())
+    _run(function, _record(problem, vectors, results, backward))
 
 
 def _vectors(p: Problem) -> list[Tensor | None]:
@@ -174,8 +160,7 @@ def _vectors(p: Problem) -> list[Tensor | None]:
 def _record(
     p: Problem,
     vectors: Iterable[Tensor | None],
-    out: tuple[int, ...],
-    lse: int,
+    results: tuple[int, ...],
     backward: tuple[int, ...],
 ) -> bytes:
     return RECORD.pack(
@@ -191,8 +176,7 @@ def _record(
         *(p.scale, p.softcap or 0.0, p.dropout_p),
         *(0 if x is None else x.data_ptr() for x in vectors),
         *_joined(_tensor(getattr(p, name)) for name in TENSORS),
-        *out,
-        lse,
+        *results,
         *_bias(p.prefix_bias, _size(p, "prefix_bias")),
         *_bias(p.attn_mask, _size(p, "attn_mask")),
         *backward,
@@ -213,9 +197,9 @@ class Prepared:
     """
 
     def __init__(self, problem: Problem) -> None:
-        out, lse = problem.empty_output()
+        out, lse, _ = problem.empty_output()
         self._vectors = _vectors(problem)  # the record has their addresses
-        record = _record(problem, self._vectors, _tensor(out), 0, NO_BACKWARD)
+        record = _record(problem, self._vectors, (*_tensor(out), 0, 0), NO_BACKWARD)
         self.problem = problem.but(**dict.fromkeys(TENSORS))
         pieces = PIECES.unpack(record)
         self._fixed = tuple(pieces[place] for place in (0, 3, 5, 7, 17, 19, 21, 23))

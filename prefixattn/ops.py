@@ -2,7 +2,8 @@
 
 One schema for all implementations: the fields of `Problem` and the implementation's name. The
 backward is an operator of its own, so that compilers and DTensor can see and dispatch it. It takes
-the output and `lse` it starts from as arguments, which ring and context parallelism need.
+the output and the log-sum-exp it starts from as arguments, which ring and context parallelism need;
+`lse_rest` is what rounding took from `lse` (see `prefixattn.gradients`).
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ BACKWARD = {
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(
-    f"attention({schema_arguments()}, str implementation) -> (Tensor out, Tensor lse)",
+    f"attention({schema_arguments()}, str implementation)"
+    " -> (Tensor out, Tensor lse, Tensor lse_rest)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, "
+    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_rest, "
     f"{schema_arguments()}, str implementation, str[] wanted) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
+def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward operator.
 
     Args:
@@ -60,7 +62,7 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
         implementation: a chosen implementation's name, not "auto".
 
     Returns:
-        `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable.
+        `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable, and `lse_rest [B, H, M]`.
     """
     tensors = [getattr(problem, name) for name in TENSOR_FIELDS]
     if quick.unwatched() and all(x is None or quick.plain(x) for x in tensors):
@@ -87,21 +89,28 @@ def _refuse_transforms(problem: Problem) -> None:
         raise NotImplementedError("prefix_attention has no forward-mode derivative")
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _run_forward(Problem(*arguments[:-1]), arguments[-1])
 
 
-def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
+def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     check_values(problem)
     with _no_autocast(problem):
-        out, lse = importlib.import_module(FORWARD[implementation]).forward(problem)
-    return _laid_out(out, problem.output_strides), lse.contiguous()
+        out, *numbers = importlib.import_module(FORWARD[implementation]).forward(problem)
+    lse, lse_rest = (x.contiguous() for x in numbers)
+    return _laid_out(out, problem.output_strides), lse, lse_rest
 
 
 def _backward(
-    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_rest: Tensor,
+    *arguments: Any,
 ) -> list[Tensor]:
-    return _run_backward(dout, dlse, out, lse, Problem(*arguments[:-2]), *arguments[-2:])
+    upstream = (dout, dlse, out, lse, lse_rest)
+    return _run_backward(*upstream, Problem(*arguments[:-2]), *arguments[-2:])
 
 
 def _run_backward(
@@ -109,6 +118,7 @@ def _run_backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     problem: Problem,
     implementation: str,
     wanted: Sequence[str],
@@ -116,10 +126,11 @@ def _run_backward(
     # Expanded, as of a sum, or merged by ring attention, in float32 and laid out as it likes.
     dtype = problem.query.dtype
     dout = None if dout is None else _rows(dout.to(dtype))
-    out, lse = _rows(out.to(dtype)), lse.to(problem.accumulator)
+    out = _rows(out.to(dtype))
+    lse, lse_rest = (x.to(problem.accumulator) for x in (lse, lse_rest))
     with _no_autocast(problem):
         module = importlib.import_module(BACKWARD[implementation])
-        grads = module.backward(problem, dout, dlse, out, lse, tuple(wanted))
+        grads = module.backward(problem, dout, dlse, out, lse, lse_rest, tuple(wanted))
     return [_like(grad, getattr(problem, name)) for name, grad in zip(wanted, grads, strict=True)]
 
 
@@ -149,25 +160,26 @@ def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return Problem(*arguments[:-1]).empty_output()
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    problem, wanted = Problem(*arguments[4:-2]), arguments[-1]
+    problem, wanted = Problem(*arguments[5:-2]), arguments[-1]
     return [torch.empty_like(getattr(problem, name)) for name in wanted]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # an unused lse must not receive zeros
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
     ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*output, *tensors)
 
 
-def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    out, lse, *tensors = ctx.saved_tensors
+def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
+    out, lse, lse_rest, *tensors = ctx.saved_tensors
     sources = {True: iter(tensors), False: iter(ctx.others)}
     inputs = [next(sources[is_tensor]) for is_tensor in ctx.is_tensor]
     places = [FIELD_NAMES.index(name) for name in DIFFERENTIABLE]
@@ -177,7 +189,8 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tu
     grads: list[Tensor | None] = [None] * len(inputs)
     if dout is None and dlse is None:
         return tuple(grads)
-    found = torch.ops.prefixattn.attention_backward(dout, dlse, out, lse, *inputs, wanted)
+    upstream = (dout, dlse, out, lse, lse_rest)
+    found = torch.ops.prefixattn.attention_backward(*upstream, *inputs, wanted)
     for name, grad in zip(wanted, found, strict=True):
         grads[FIELD_NAMES.index(name)] = grad
     return tuple(grads)
@@ -189,9 +202,10 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, problem: Problem, implementation: str, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         results = _run_forward(problem, implementation)
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(results[2])
         # Every tensor is saved as autograd saves: packed away or changed since, it is noticed, and
         # nothing else keeps it alive.
         ctx.problem = problem.but(**dict.fromkeys(TENSOR_FIELDS))
@@ -200,14 +214,14 @@ class _Eager(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        out, lse, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
+        out, lse, lse_rest, *tensors = ctx.saved_tensors
         problem = ctx.problem.but(**dict(zip(TENSOR_FIELDS, tensors, strict=True)))
         needed = dict(zip(TENSOR_FIELDS, ctx.needs_input_grad[2:], strict=True))
         wanted = [name for name in DIFFERENTIABLE if needed[name]]
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
-        upstream = (dout, dlse, out, lse)
+        upstream = (dout, dlse, out, lse, lse_rest)
         if torch.is_grad_enabled() or not quick.unwatched():  # the operator says what it cannot
             run = torch.ops.prefixattn.attention_backward
             grads = run(*upstream, *problem.arguments, ctx.implementation, wanted)

@@ -7,6 +7,7 @@ kernel can express. `plan` decides which; reading per-row numbers for it waits f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from prefixattn import blocks
 from prefixattn.aten import Call, Kernels
-from prefixattn.gradients import Index, Total, Upstream
-from prefixattn.problem import Problem, cut
+from prefixattn.gradients import Index, LogSum, Total, Upstream
+from prefixattn.problem import FURTHEST, Problem, cut
 
 ALL = slice(None)
 # Fewer queries than this are copied together, so that all rows read a shared prefix once; for
@@ -44,7 +45,7 @@ class KernelPart:
         whole = everything and self.queries == slice(0, self.problem.M)
         return None if whole else (self.rows, ALL, self.queries)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, LogSum]:
         q, k, v = self._inputs()
         folds = q.shape[0] > k.shape[0] and q.shape[2] < FEW_QUERIES
         if folds:
@@ -54,10 +55,10 @@ class KernelPart:
         bias = self._bias()
         out, lse = self.kernels.forward(self._call(folded, k, v, bias))
         if folds:
-            return self._unfold(out, q), self._unfold(lse[..., None], q)[..., 0]
-        if bias is not None:
+            out, lse = self._unfold(out, q), self._unfold(lse[..., None], q)[..., 0]
+        elif bias is not None:
             lse = lse.masked_fill(~self._alive(bias), -torch.inf)
-        return out, lse
+        return out, (lse, torch.zeros_like(lse))
 
     def backward(self, up: Upstream, totals: dict[str, Total]) -> None:
         q, k, v = self._inputs()
@@ -161,8 +162,9 @@ class BlockPart:
     half: str
     index: Index | None = None
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return blocks.forward(self._source())
+    def forward(self) -> tuple[Tensor, LogSum]:
+        out, *numbers = blocks.forward(self._source())
+        return out, (numbers[0], numbers[1])
 
     def backward(self, up: Upstream, totals: dict[str, Total]) -> None:
         prefix = "prefix_" if self.half == "prefix" else ""
@@ -173,10 +175,14 @@ class BlockPart:
             "bias": "prefix_bias" if prefix else "attn_mask",
         }
         wanted = {role: name in totals for role, name in names.items()}
-        grads = blocks.backward(self._source(), up.dout, up.lse, up.delta, wanted)
+        grads = blocks.backward(self._source(), up, wanted)
         for role, name in names.items():
             if (grad := getattr(grads, role)) is not None:
                 totals[name].add(grad)
+
+    def weighed(self, up: Upstream) -> Tensor:
+        """`sum(dout * out)` over this half's share of the output, `[B, H, M]`."""
+        return blocks.weighed(self._source(), up)
 
     def _source(self) -> blocks.Source:
         p, rows = self.problem, row_numbers(self.problem)
@@ -191,7 +197,7 @@ class BlockPart:
             high = high.minimum(position + 1) if p.is_causal else high
         positioned = p.windowed_prefix or not prefix
         if p.window is not None and positioned:
-            low = low.maximum(distance - p.window + 1)
+            low = low.maximum(distance.clamp(min=-1) - p.window + 1)
         entry = None if p.prefix_index is None else p.prefix_index.long().clamp(min=0)
         return blocks.Source(
             query=p.query,
@@ -240,7 +246,7 @@ def row_numbers(p: Problem) -> RowNumbers:
     return RowNumbers(
         spread(0 if p.key_start is None else p.key_start),
         spread(p.N if p.key_length is None else p.key_length),
-        spread(p.N - p.M if offset is None else offset),
+        spread(p.N - p.M if offset is None else offset).clamp(-FURTHEST, FURTHEST),
         spread(lengths),
     )
 
@@ -275,9 +281,18 @@ def obstacle(p: Problem, half: str, kernels: Kernels) -> str | None:
         return "alibi_slopes"
     if bias is not None and not kernels.takes_bias:
         return "attn_mask" if half == "sequence" else "prefix_bias"
+    if bias is not None and bias.dtype == torch.bool and not _products_are_finite(p):
+        return "a key under attn_mask that is not finite"  # -inf added to NaN does not hide it
     if p.window is not None and positioned and _window_bites(p, half):
         return "window"
     return None
+
+
+def _products_are_finite(p: Problem) -> bool:
+    """Whether every product of a query and a sequence key is sure to be a finite number."""
+    largest = (float(torch.linalg.vector_norm(x, torch.inf)) for x in (p.query, p.key))
+    bound = math.prod(largest) * p.D * max(p.scale, 1)
+    return bound < torch.finfo(p.accumulator).max / 2  # false for NaN
 
 
 def _window_bites(p: Problem, half: str) -> bool:
@@ -285,7 +300,7 @@ def _window_bites(p: Problem, half: str) -> bool:
     rows = row_numbers(p)
     first = rows.start - rows.tokens if half == "prefix" else rows.start
     assert p.window is not None
-    return bool((rows.offset + p.M - 1 - p.window >= first).any())
+    return bool((rows.offset + p.M - 1 >= first + p.window).any())
 
 
 def _sequence_parts(p: Problem, kernels: Kernels) -> list[Part]:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 TENSORS = ("query", "key", "value", "prefix_key", "prefix_value")
 DIFFERENTIABLE = (*TENSORS, "prefix_gate", "prefix_bias", "attn_mask", "sinks")
+# A query's position is kept within this, where no slot and no window (below 2^62) reaches it, so
+# that sums with it stay within int64.
+FURTHEST = 2**62 + 2**50
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,16 @@ class Problem:
         # Not a transposed view: users change their outputs in place.
         return (self.M * self.H * self.D_v, self.D_v, self.H * self.D_v, 1)
 
-    def empty_output(self) -> tuple[Tensor, Tensor]:
-        """Unwritten `out [B, H, M, D_v]` and `lse [B, H, M]`."""
-        size = (self.B, self.H, self.M, self.D_v)
-        out = self.query.new_empty_strided(size, self.output_strides)
-        return out, self.query.new_empty(self.B, self.H, self.M, dtype=self.accumulator)
+    def empty_output(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Unwritten `out [B, H, M, D_v]`, `lse [B, H, M]` and `lse_rest [B, H, M]`."""
+        out = self.query.new_empty_strided((self.B, self.H, self.M, self.D_v), self.output_strides)
+        size, dtype = (self.B, self.H, self.M), self.accumulator
+        return out, self.query.new_empty(size, dtype=dtype), self.query.new_empty(size, dtype=dtype)
+
+    def no_output(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a softmax over no keys gives: zeros, `lse = -inf` and nothing that it lacks."""
+        out, lse, lse_rest = self.empty_output()
+        return out.zero_(), lse.fill_(-torch.inf), lse_rest.zero_()
 
     def segments(self) -> Iterator[Segment]:
         """A packed problem as dense ones of one row each; reads `cu_seqlens` on the host."""

@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from prefixattn.gradients import log_sum
 from prefixattn.philox import keep_mask, random_words
-from prefixattn.problem import DIFFERENTIABLE, Problem
+from prefixattn.problem import DIFFERENTIABLE, FURTHEST, Problem
 
 
-def forward(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, M, D_v]` in the query's dtype and `lse [B, H, M]`.
+def forward(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, H, M, D_v]` in the query's dtype, `lse [B, H, M]` and its `lse_rest [B, H, M]`.
 
     Args:
         problem: a checked problem.
@@ -25,16 +26,18 @@ def forward(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor,
     """
     dtype = dtype or problem.accumulator
     if not problem.packed:
-        out, lse = _attend(problem, dtype)
+        out, lse, lse_rest = _attend(problem, dtype)
     else:
         results = [_attend(segment.problem, dtype) for segment in problem.segments()]
-        covered = sum(part.shape[2] for part, _ in results)
-        blank_out, blank_lse = problem.empty_output()  # for queries of no segment
-        results.append((blank_out[:, :, covered:].zero_(), blank_lse[:, :, covered:]))
-        results[-1][1].fill_(-torch.inf)
-        out = torch.cat([part.to(dtype) for part, _ in results], dim=2)
-        lse = torch.cat([part.to(dtype) for _, part in results], dim=2)
-    return out.to(problem.query.dtype), lse.to(problem.accumulator)
+        covered = sum(part[0].shape[2] for part in results)
+        blank = problem.no_output()  # for queries of no segment
+        results.append(tuple(part[:, :, covered:] for part in blank))
+        out, lse, lse_rest = (
+            torch.cat([part.to(dtype) for part in parts], dim=2)
+            for parts in zip(*results, strict=True)
+        )
+    numbers = (x.to(problem.accumulator) for x in (lse, lse_rest.detach()))
+    return out.to(problem.query.dtype), *numbers
 
 
 def backward(
@@ -43,11 +46,13 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     wanted: tuple[str, ...],
 ) -> list[Tensor]:
     """Gradients of the `wanted` arguments, by autograd through `forward`.
 
-    `out` and `lse` may be of a softmax over more keys than these, merged from several calls.
+    `out`, `lse` and `lse_rest` may be of a softmax over more keys than these, merged from several
+    calls.
     """
     leaves = {
         name: getattr(problem, name).detach().requires_grad_(name in wanted)
@@ -57,11 +62,11 @@ def backward(
     with _autograd():
         results = forward(replace(problem, **leaves))
     if problem.prefix_gate is None:
-        dout, dlse = _share_of(results, out, lse, dout, dlse)
+        dout, dlse = _share_of(results, (out, lse, lse_rest), dout, dlse)
     inputs = [leaves[name] for name in wanted]
     pairs = [
         (result, grad)
-        for result, grad in zip(results, (dout, dlse), strict=True)
+        for result, grad in zip(results[:2], (dout, dlse), strict=True)
         if grad is not None and result.requires_grad
     ]
     if not pairs:  # nothing wanted has a part in the results: an empty bank, say
@@ -75,17 +80,22 @@ def backward(
 
 
 def _share_of(
-    own: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None
+    own: tuple[Tensor, Tensor, Tensor],
+    merged: tuple[Tensor, Tensor, Tensor],
+    dout: Tensor | None,
+    dlse: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of these keys' own output and lse, for those of `out` and `lse`.
+    """The gradients of these keys' own output and lse, for those of `merged`.
 
-    `out` is the sum of `share * own_out` over the calls that it was merged from, with
+    Its output is the sum of `share * own_out` over the calls that it was merged from, with
     `share = exp(own_lse - lse)`.
     """
-    own_out, own_lse = (x.detach() for x in own)
-    if torch.equal(own_out, out) and torch.equal(own_lse, lse):
+    own_out, own_lse, own_rest = (x.detach() for x in own)
+    out, lse, lse_rest = merged
+    if torch.equal(own_out, out) and torch.equal(own_lse, lse) and torch.equal(own_rest, lse_rest):
         return dout, dlse
-    share = torch.exp(own_lse - lse).masked_fill(own_lse == -torch.inf, 0)
+    share = torch.exp((own_lse - lse) + (own_rest - lse_rest))
+    share = share.masked_fill(own_lse == -torch.inf, 0)
     through = torch.zeros_like(lse) if dlse is None else dlse
     if dout is not None:
         wide = dout.to(lse.dtype)
@@ -105,7 +115,7 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def _attend(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _attend(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, for a dense problem."""
     start, stop, offset, tokens = _row_numbers(p)
     query_position = offset[:, None] + torch.arange(p.M, device=p.query.device)  # [B, M]
@@ -149,9 +159,9 @@ def _attend(p: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     )
     if p.prefix_gate is None:
         return _softmax_sum(p, [prefix_half, *halves], p.sinks)
-    out, lse = _softmax_sum(p, halves, p.sinks)
-    prefix_out, _ = _softmax_sum(p, [prefix_half], None)
-    return out + p.prefix_gate.to(dtype)[:, None, None] * prefix_out, lse
+    out, lse, lse_rest = _softmax_sum(p, halves, p.sinks)
+    prefix_out, *_ = _softmax_sum(p, [prefix_half], None)
+    return out + p.prefix_gate.to(dtype)[:, None, None] * prefix_out, lse, lse_rest
 
 
 def _row_numbers(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,13 +173,14 @@ def _row_numbers(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     start = per_row(0 if p.key_start is None else p.key_start)
     stop = per_row(p.N if p.key_length is None else p.key_length)
     offset = p.query_offsets if p.query_offsets is not None else p.query_offset
+    offset = per_row(p.N - p.M if offset is None else offset).clamp(-FURTHEST, FURTHEST)
     lengths = p.prefix_lengths
     if lengths is None:
         lengths = torch.full((p.R,), p.P, device=p.query.device)
     if p.prefix_index is None:
-        return start, stop, per_row(p.N - p.M if offset is None else offset), per_row(lengths)
+        return start, stop, offset, per_row(lengths)
     tokens = torch.cat([lengths.long(), lengths.new_zeros(1).long()])[p.prefix_index.long()]
-    return start, stop, per_row(p.N - p.M if offset is None else offset), tokens
+    return start, stop, offset, tokens
 
 
 def _bank_rows(p: Problem, bank: Tensor) -> Tensor:
@@ -217,7 +228,7 @@ def _keep(p: Problem, first_column: int, columns: int) -> Tensor | None:
 
 def _softmax_sum(
     p: Problem, halves: list[tuple[Tensor, Tensor, Tensor | None]], sinks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One softmax over the scores of all halves, and the values it weighs.
 
     A row that sees nothing gives zeros and `lse = -inf`. A sink enters the denominator only.
@@ -231,7 +242,8 @@ def _softmax_sum(
     total = torch.exp(every - peak).sum(-1, keepdim=True)  # [B, H, M, 1]
     blind = total == 0
     total = total.masked_fill(blind, 1)
-    lse = (peak + torch.log(total)).masked_fill(blind, -torch.inf)[..., 0]
+    lse, lse_rest = (x[..., 0] for x in log_sum(peak, total))
+    lse = lse.masked_fill(blind[..., 0], -torch.inf)
     out = total.new_zeros(p.B, p.H, p.M, p.D_v)
     for score, value, keep in halves:
         weight = torch.exp(score - peak) / total
@@ -239,4 +251,4 @@ def _softmax_sum(
             weight = torch.where(keep, weight / (1 - p.dropout_p), 0)
         grouped = weight.unflatten(1, (p.H_kv, -1)) @ value.unsqueeze(2)
         out = out + grouped.flatten(1, 2)
-    return out, lse
+    return out, lse, lse_rest

@@ -4,32 +4,45 @@
 where the tensors lie. With `lse = logaddexp(lse_1, lse_2)` the output of the whole softmax is the
 sum of `exp(lse_i - lse) * out_i`; the backward of each part is its own backward run with the
 *merged* output and `lse`, so that no gradient ever passes through a part's `lse`.
+
+PyTorch's kernels have two weaknesses, which blocks of plain PyTorch do not have. They give a
+log-sum-exp as one number, whose rounding counts where scores are large: a query all of whose keys
+are hidden by an additive `finfo.min` would have probabilities of 1 in place of `1 / N`. And their
+backward computes the same score by other sums than their forward did, so that the gradients of a
+query's scores do not add up to 0; that sum reaches the query's gradient times whatever keys have
+in common, which is large where one channel of the keys is. Both are looked for, and such a problem
+is computed in blocks (`_rounds`, `_uneven`).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from prefixattn.aten import find_kernels
-from prefixattn.gradients import Index, Total, Upstream
-from prefixattn.parts import Part, obstacle, plan
+from prefixattn.gradients import Index, LogSum, Total, Upstream, merge, sink_gradient
+from prefixattn.parts import BlockPart, Part, obstacle, plan
 from prefixattn.problem import Problem, of_segment
 
+# Keys' largest number by their mean one, from which on a query's gradient is computed with care. It
+# is 6 for a million normal numbers, and 43 where one channel of 64 is a hundred times the others.
+UNEVEN = 16
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, M, D_v]` in the query's dtype and `lse [B, H, M]`."""
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, H, M, D_v]` in the query's dtype, `lse` and `lse_rest [B, H, M]`."""
     if not problem.packed:
-        out, lse = _forward(problem)
-        return out.to(problem.query.dtype), lse
-    out, lse = problem.empty_output()
-    out.zero_()
-    lse.fill_(-torch.inf)
+        out, numbers = _forward(problem)
+        return out.to(problem.query.dtype), *numbers
+    out, *all_numbers = problem.no_output()
     for segment in problem.segments():
-        part_out, part_lse = _forward(segment.problem)
+        part_out, numbers = _forward(segment.problem)
         out[:, :, segment.queries] = part_out.to(out.dtype)
-        lse[:, :, segment.queries] = part_lse
-    return out, lse
+        for whole, part in zip(all_numbers, numbers, strict=True):
+            whole[:, :, segment.queries] = part
+    return out, *all_numbers
 
 
 def backward(
@@ -38,6 +51,7 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     wanted: tuple[str, ...],
 ) -> list[Tensor]:
     """Gradients of the `wanted` arguments, each in its own dtype."""
@@ -46,7 +60,7 @@ def backward(
         name: Total(tensor.shape, problem.accumulator, tensor.device)
         for name, tensor in arguments.items()
     }
-    up = Upstream(torch.zeros_like(out) if dout is None else dout, out, lse, dlse)
+    up = Upstream(torch.zeros_like(out) if dout is None else dout, out, lse, lse_rest, dlse)
     if problem.packed:
         _backward_packed(problem, up, totals)
     else:
@@ -83,27 +97,82 @@ def _backward_packed(problem: Problem, up: Upstream, totals: dict[str, Total]) -
             view = of_segment(name, total.dense(), queries, keys)
             assert view is not None
             views[name] = Total(view.shape, total.dtype, total.device, view)
-        dlse = None if up.dlse is None else up.dlse[:, :, queries]
-        dout, out, lse = (x[:, :, queries] for x in (up.dout, up.out, up.lse))
-        _backward(segment.problem, Upstream(dout, out, lse, dlse), views)
+        _backward(segment.problem, up.at((slice(None), slice(None), queries)), views)
 
 
-def _forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """A dense problem's output, in the dtype it came in, and `lse`."""
-    kernels = find_kernels(p.query, p.key, p.value)
-    prefix, sequence = plan(p, "prefix", kernels), plan(p, "sequence", kernels)
+def _forward(p: Problem) -> tuple[Tensor, LogSum]:
+    """A dense problem's output, in the dtype it came in, and its log-sum-exp."""
     if p.prefix_gate is None:
-        return _with_sinks(p, *_merge(p, prefix + sequence))
-    prefix_out, _ = _merge(p, prefix)
-    out, lse = _with_sinks(p, *_merge(p, sequence))
-    return out.to(p.accumulator) + _per_head(p.prefix_gate, p) * prefix_out, lse
+        return _softmax(p, ("prefix", "sequence"))
+    prefix_out, _ = _softmax(p, ("prefix",))
+    out, numbers = _softmax(p, ("sequence",))
+    return out.to(p.accumulator) + _per_head(p.prefix_gate, p) * prefix_out, numbers
+
+
+def _softmax(p: Problem, halves: tuple[str, ...]) -> tuple[Tensor, LogSum]:
+    """One softmax over some halves of a dense problem, and the sinks if the sequence is one."""
+    kernels = find_kernels(p.query, p.key, p.value)
+    out, numbers = _merge(p, [part for half in halves for part in plan(p, half, kernels)])
+    if kernels is not None and _rounds(numbers[0]):
+        out, numbers = _merge(p, [part for half in halves for part in plan(p, half, None)])
+    return _with_sinks(p, out, numbers) if "sequence" in halves else (out, numbers)
+
+
+def _rounds(lse: Tensor) -> bool:
+    """Whether the rounding of some log-sum-exp counts.
+
+    Below this size it moves a probability by 2^-12 of itself at most, as much as the rounding of
+    such a score does. On other devices than the CPU no kernel takes a bias, and none is asked.
+    """
+    if lse.device.type != "cpu":
+        return False
+    return bool(((lse.abs() >= 4096) & lse.isfinite()).any())
+
+
+def _uneven(p: Problem) -> bool:
+    """Whether some key has a number that is far larger than keys' numbers are on average.
+
+    Only float32 is asked: with 16 bits the rounding of scores in eager attention counts for more.
+    """
+    if p.query.dtype != torch.float32 or p.query.device.type != "cpu":
+        return False
+    for key in (p.key, p.prefix_key):
+        largest = torch.linalg.vector_norm(key, torch.inf) if key.numel() else key.new_zeros(())
+        mean = torch.linalg.vector_norm(key, 1) / max(key.numel(), 1)
+        if not largest <= UNEVEN * mean:  # true for NaN, in slots that nothing sees
+            return True
+    return False
+
+
+def _in_blocks(p: Problem, up: Upstream, halves: tuple[str, ...]) -> Upstream:
+    """What the backward starts from, as blocks compute it.
+
+    Where `up` is of a softmax over more keys than these, it stays as it is.
+    """
+    parts = [BlockPart(part.problem, part.half) for half in halves for part in plan(p, half, None)]
+    _, numbers = _merge(p, parts)
+    if "sequence" in halves:
+        _, numbers = _with_sinks(p, up.out, numbers)
+    own = torch.isclose(numbers[0], up.lse, rtol=1e-4, atol=1e-4)
+    given = (up.lse, up.lse_rest)
+    lse, lse_rest = (torch.where(own, x, y) for x, y in zip(numbers, given, strict=True))
+    up = replace(up, lse=lse, lse_rest=lse_rest)
+    weighed = sum((part.weighed(up) for part in parts), torch.zeros_like(lse))
+    from_out = up.delta if up.dlse is None else up.delta + up.dlse
+    return replace(up, weighed=torch.where(own, weighed, from_out))
 
 
 def _backward(p: Problem, up: Upstream, totals: dict[str, Total]) -> None:
     """Add a dense problem's gradients to the totals."""
+    in_blocks = _rounds(up.lse) or _uneven(p)
     prefix_up = sequence_up = up
     if p.prefix_gate is not None:
         prefix_up, sequence_up = _split_by_gate(p, up, totals)
+        if in_blocks:
+            prefix_up = _in_blocks(p, prefix_up, ("prefix",))
+            sequence_up = _in_blocks(p, sequence_up, ("sequence",))
+    elif in_blocks:
+        prefix_up = sequence_up = _in_blocks(p, up, ("prefix", "sequence"))
     for half, of_half in (("prefix", prefix_up), ("sequence", sequence_up)):
         mine = ("prefix_key", "prefix_value", "prefix_bias")
         names = mine if half == "prefix" else ("key", "value", "attn_mask")
@@ -113,74 +182,68 @@ def _backward(p: Problem, up: Upstream, totals: dict[str, Total]) -> None:
         # The kernels know neither the gradient of a bias nor of a log-sum-exp.
         beyond = of_half.dlse is not None or names[2] in totals
         varies = kernels is not None and p.deterministic and not kernels.deterministic
-        for part in plan(p, half, None if beyond or varies else kernels):
+        for part in plan(p, half, None if beyond or varies or in_blocks else kernels):
             part.backward(of_half, totals)
     if "sinks" in totals and p.sinks is not None:
-        share = torch.exp(p.sinks.to(up.lse.dtype)[:, None] - sequence_up.lse)
-        share = share.masked_fill(sequence_up.lse == -torch.inf, 0)
-        totals["sinks"].add(-(share * sequence_up.delta).sum((0, 2)))
+        totals["sinks"].add(sink_gradient(p.sinks, sequence_up))
 
 
 def _split_by_gate(p: Problem, up: Upstream, totals: dict[str, Total]) -> tuple[Upstream, Upstream]:
     """Each half's own softmax. Both outputs are computed again: only their sum was kept."""
     assert p.prefix_gate is not None
     gate, dtype = _per_head(p.prefix_gate, p), p.query.dtype
-    kernels = find_kernels(p.query, p.key, p.value)
-    prefix_out, prefix_lse = _merge(p, plan(p, "prefix", kernels))
-    sequence_out, _ = _with_sinks(p, *_merge(p, plan(p, "sequence", kernels)))
+    prefix_out, prefix_numbers = _softmax(p, ("prefix",))
+    sequence_out, _ = _softmax(p, ("sequence",))
     dout = up.dout.to(p.accumulator)
     if "prefix_gate" in totals:
         totals["prefix_gate"].add((dout * prefix_out).sum((0, 2, 3)))
-    prefix_up = Upstream((dout * gate).to(dtype), prefix_out.to(dtype), prefix_lse, None)
-    return prefix_up, Upstream(up.dout, sequence_out.to(dtype), up.lse, up.dlse)
+    prefix_up = Upstream((dout * gate).to(dtype), prefix_out.to(dtype), *prefix_numbers, None)
+    of_sequence = (up.lse, up.lse_rest, up.dlse)
+    return prefix_up, Upstream(up.dout, sequence_out.to(dtype), *of_sequence)
 
 
-def _merge(p: Problem, parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """One softmax over all parts: `out` in the accumulating dtype (or a lone part's own), `lse`."""
-    out = lse = None
+def _merge(p: Problem, parts: list[Part]) -> tuple[Tensor, LogSum]:
+    """One softmax over all parts: `out` in the accumulating dtype, or a lone part's own."""
+    found: tuple[Tensor, LogSum] | None = None
     for part in parts:
-        part_out, part_lse = part.forward()
-        if out is None and part.index is None:
-            out, lse = part_out, part_lse
+        if found is None and part.index is None:
+            found = part.forward()
         else:
-            out, lse = _merge_part(p, out, lse, (part_out, part_lse), part.index)
-    return (out, lse) if out is not None and lse is not None else _nothing(p)
+            found = _merge_part(found or _nothing(p), part.forward(), part.index)
+    return found or _nothing(p)
 
 
 def _merge_part(
-    p: Problem,
-    out: Tensor | None,
-    lse: Tensor | None,
-    part: tuple[Tensor, Tensor],
-    index: Index | None,
-) -> tuple[Tensor, Tensor]:
-    if out is None or lse is None:
-        out, lse = _nothing(p)
-    out = out.to(p.accumulator)
+    so_far: tuple[Tensor, LogSum], part: tuple[Tensor, LogSum], index: Index | None
+) -> tuple[Tensor, LogSum]:
+    out, numbers = so_far
+    out = out.to(numbers[0].dtype)
     # Views, but for the copies that a tensor of row numbers makes.
-    region_out, region_lse = (out, lse) if index is None else (out[index], lse[index])
-    merged = torch.logaddexp(region_lse, part[1])
-    weight = torch.exp(part[1] - merged.masked_fill(merged == -torch.inf, 0))
-    region_out.lerp_(part[0].to(p.accumulator), weight[..., None])  # the weights sum to one
-    region_lse.copy_(merged)
+    whole = (out, *numbers)
+    region = whole if index is None else tuple(x[index] for x in whole)
+    merged, share = merge((region[1], region[2]), part[1])
+    region[0].lerp_(part[0].to(out.dtype), share[..., None])  # the shares sum to one
+    for old, new in zip(region[1:], merged, strict=True):
+        old.copy_(new)
     if index is not None and isinstance(index[0], Tensor):
-        out[index], lse[index] = region_out, region_lse
-    return out, lse
+        for x, new in zip(whole, region, strict=True):
+            x[index] = new
+    return out, numbers
 
 
-def _nothing(p: Problem) -> tuple[Tensor, Tensor]:
+def _nothing(p: Problem) -> tuple[Tensor, LogSum]:
     """What a softmax over no keys gives."""
-    out, lse = p.empty_output()
-    return torch.zeros_like(out, dtype=p.accumulator), lse.fill_(-torch.inf)
+    out, *numbers = p.no_output()
+    return out.to(p.accumulator), (numbers[0], numbers[1])
 
 
-def _with_sinks(p: Problem, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _with_sinks(p: Problem, out: Tensor, numbers: LogSum) -> tuple[Tensor, LogSum]:
     """Let the sinks into the denominator."""
     if p.sinks is None:
-        return out, lse
-    total = torch.logaddexp(lse, p.sinks.to(lse.dtype)[:, None])
-    safe = total.masked_fill(total == -torch.inf, 0)
-    return out.to(p.accumulator) * torch.exp(lse - safe)[..., None], total
+        return out, numbers
+    sinks = p.sinks.to(numbers[0].dtype)[:, None].expand_as(numbers[0])
+    merged, share = merge((sinks, torch.zeros_like(sinks)), numbers)
+    return out.to(p.accumulator) * share[..., None], merged
 
 
 def _per_head(gate: Tensor, p: Problem) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefixattn.api import make_problem
 from prefixattn.choose import choose
+from prefixattn.gradients import merge
 from prefixattn.ops import attention
 from prefixattn.problem import TENSORS, Problem
 
@@ -41,19 +42,20 @@ class Blocks:
             own |= self.prefix_options
         return make_problem(query, key, value, first, second, **self.options, **own)
 
-    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Output and lse of one block, without gradients."""
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, lse and lse_rest of one block, without gradients."""
         return attention(problem, choose(self.implementation, problem))
 
-    def backward(
-        self, problem: Problem, dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
-        """The gradients of the five tensors for the output and lse of all blocks together."""
+    def backward(self, problem: Problem, *upstream: Tensor | None) -> list[Tensor]:
+        """The gradients of the five tensors for the output and lse of all blocks together.
+
+        Args:
+            problem: the block's.
+            *upstream: dout, dlse, out, lse and lse_rest.
+        """
         name = choose(self.implementation, problem)
         operator = torch.ops.prefixattn.attention_backward
-        grads: list[Tensor] = operator(
-            dout, dlse, out, lse, *problem.arguments, name, list(TENSORS)
-        )
+        grads: list[Tensor] = operator(*upstream, *problem.arguments, name, list(TENSORS))
         return grads
 
 
@@ -65,11 +67,12 @@ class Merged:
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.out = query.new_zeros(*query.shape[:3], value_dim, dtype=dtype)
         self.lse = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+        self.lse_rest = torch.zeros_like(self.lse)
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Take in a block's output and lse, of these queries."""
-        old = self.lse[:, :, rows]
-        merged = torch.logaddexp(old, lse)
-        share = torch.exp(lse - merged.masked_fill(merged == -torch.inf, 0))
+    def add(self, rows: slice, out: Tensor, lse: Tensor, lse_rest: Tensor) -> None:
+        """Take in a block's output, lse and lse_rest, of these queries."""
+        mine = self.lse[:, :, rows], self.lse_rest[:, :, rows]
+        merged, share = merge(mine, (lse, lse_rest))
         self.out[:, :, rows].lerp_(out.to(self.out.dtype), share[..., None])
-        old.copy_(merged)
+        for old, new in zip(mine, merged, strict=True):
+            old.copy_(new)

@@ -204,7 +204,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         blocks, ring = ctx.blocks, ctx.ring
-        q, k, v, pk, pv, out, lse = ctx.saved_tensors
+        q, k, v, pk, pv, out, lse, lse_rest = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         dq, dk, dv, dpk, dpv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v, pk, pv))
         arriving: Passing | None = None
@@ -215,7 +215,8 @@ class _Ring(torch.autograd.Function):
             grads = None
             if part[0].shape[2] and (part[1].shape[2] or prefix):
                 problem = blocks.problem(*part, prefix, is_causal=causal)
-                up = [None if x is None else x[:, :, rows] for x in (dout, dlse, out, lse)]
+                whole = (dout, dlse, out, lse, lse_rest)
+                up = [None if x is None else x[:, :, rows] for x in whole]
                 grads = blocks.backward(problem, *up)
             if arriving is not None:  # the gradients of the keys that are here, from their journey
                 dk, dv = arriving.wait()
@@ -250,14 +251,15 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         blocks, ring = ctx.blocks, ctx.ring
-        q, k, v, pk, pv, out, lse = ctx.saved_tensors
+        q, k, v, pk, pv, out, lse, lse_rest = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         key, value = _whole(ring, k, v)
         sums = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, key, value, pk, pv)]
         for rows, columns, offset in _views(ring):
             part = q[:, :, rows], key[:, :, columns], value[:, :, columns]
             own: dict[str, Any] = {"is_causal": ring.is_causal, "query_offset": offset}
-            up = [None if x is None else x[:, :, rows] for x in (dout, dlse, out, lse)]
+            whole = (dout, dlse, out, lse, lse_rest)
+            up = [None if x is None else x[:, :, rows] for x in whole]
             grads = blocks.backward(blocks.problem(*part, (pk, pv), **own), *up)
             places: tuple[slice, ...] = (rows, columns, columns, ALL, ALL)
             for total, grad, place in zip(sums, grads, places, strict=True):
@@ -294,7 +296,7 @@ def _keep(
     out = merged.out.to(tensors[0].dtype)
     ctx.set_materialize_grads(False)
     ctx.blocks, ctx.ring = blocks, ring
-    ctx.save_for_backward(*tensors, out, merged.lse)
+    ctx.save_for_backward(*tensors, out, merged.lse, merged.lse_rest)
     return out, merged.lse
 
 

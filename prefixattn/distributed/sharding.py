@@ -30,6 +30,7 @@ from prefixattn.problem import FIELD_NAMES, TENSOR_FIELDS, Problem
 
 Placements = dict[str, Any]
 ROWS, HEADS = 0, 1
+OF_UPSTREAM = 5  # dout, dlse, out, lse, lse_rest: what the backward takes before the arguments
 OF_PREFIX = ("prefix_key", "prefix_value")
 OF_HEADS = ("prefix_gate", "sinks", "alibi_slopes")  # [H]
 OF_SCORES = ("prefix_bias", "attn_mask")  # broadcastable to [B, H, M, ...]
@@ -127,9 +128,7 @@ def _arguments(places: Placements) -> list[Any]:
 @register_sharding(torch.ops.prefixattn.attention.default)
 def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     fields = dict(zip(FIELD_NAMES, arguments, strict=False))
-    return [
-        ([outputs, outputs], [*_arguments(places), None]) for places, _, outputs in _ways(fields)
-    ]
+    return [([outputs] * 3, [*_arguments(places), None]) for places, _, outputs in _ways(fields)]
 
 
 def _backward(schema: OpSchema) -> StrategyType:
@@ -137,7 +136,8 @@ def _backward(schema: OpSchema) -> StrategyType:
     specs = [
         x.strategies[0].output_spec if isinstance(x, OpStrategy) else x for x in schema.args_schema
     ]
-    upstream, arguments, wanted = specs[:4], specs[4:-2], schema.args_schema[-1]
+    upstream, arguments = specs[:OF_UPSTREAM], specs[OF_UPSTREAM:-2]
+    wanted = schema.args_schema[-1]
     assert isinstance(wanted, list | tuple)
     ways = []
     for places, grads, outputs in _ways(dict(zip(FIELD_NAMES, arguments, strict=True))):
@@ -151,5 +151,5 @@ _propagator = DTensor._op_dispatcher.sharding_propagator
 _propagator.register_op_strategy(
     torch.ops.prefixattn.attention_backward.default,
     _backward,
-    RuntimeSchemaInfo(static_argnum=4 + len(TENSOR_FIELDS), needs_pytree=True),
+    RuntimeSchemaInfo(static_argnum=OF_UPSTREAM + len(TENSOR_FIELDS), needs_pytree=True),
 )

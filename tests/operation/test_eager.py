@@ -100,7 +100,14 @@ def test_the_backward_takes_results_of_ring_attention(implementation: str) -> No
     problem = prefix_attention.__globals__["make_problem"](**inputs)
     merged = out.detach().float().transpose(-1, -2).contiguous().transpose(-1, -2)
     got = torch.ops.prefixattn.attention_backward(
-        dout.float(), None, merged, lse.detach(), *problem.arguments, implementation, list(NAMES)
+        dout.float(),
+        None,
+        merged,
+        lse.detach(),
+        torch.zeros_like(lse),
+        *problem.arguments,
+        implementation,
+        list(NAMES),
     )
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
@@ -122,8 +129,9 @@ def test_the_backward_of_some_keys_takes_results_of_all_keys(implementation: str
         cuts |= dict.fromkeys(("prefix_key", "prefix_value"), prefix)
         own = {n: x.detach()[:, :, cuts.get(n, slice(None))] for n, x in inputs.items()}
         problem = make_problem(**own)
+        upstream = (dout, dlse, out.detach(), lse.detach(), torch.zeros_like(lse))
         grads = torch.ops.prefixattn.attention_backward(
-            dout, dlse, out.detach(), lse.detach(), *problem.arguments, implementation, list(NAMES)
+            *upstream, *problem.arguments, implementation, list(NAMES)
         )
         for name, grad in zip(NAMES, grads, strict=True):
             found[name][:, :, cuts.get(name, slice(None))] += grad

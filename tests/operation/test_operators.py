@@ -36,8 +36,8 @@ def test_opcheck(case: Case, implementation: str) -> None:
     arguments = (*problem.arguments, implementation)
     torch.library.opcheck(torch.ops.prefixattn.attention.default, arguments)
     with torch.no_grad():
-        out, lse = torch.ops.prefixattn.attention(*arguments)
-    upstream = (torch.randn_like(out), torch.randn_like(lse), out, lse)
+        out, lse, lse_rest = torch.ops.prefixattn.attention(*arguments)
+    upstream = (torch.randn_like(out), torch.randn_like(lse), out, lse, lse_rest)
     detached = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
     wanted = ["query", "prefix_key", "prefix_value"]
     torch.library.opcheck(

@@ -16,11 +16,11 @@ static_assert(offsetof(Arguments, prefix_index) == 20 * kPlace);
 static_assert(offsetof(Arguments, sinks) == 28 * kPlace);
 static_assert(offsetof(Arguments, query) == 30 * kPlace);
 static_assert(offsetof(Arguments, lse) == 54 * kPlace);
-static_assert(offsetof(Arguments, prefix_bias) == 55 * kPlace);
-static_assert(offsetof(Arguments, dout) == 67 * kPlace);
-static_assert(offsetof(Arguments, dlse) == 91 * kPlace);
-static_assert(offsetof(Arguments, dattn_mask) == 98 * kPlace);
-static_assert(sizeof(Arguments) == 104 * kPlace);
+static_assert(offsetof(Arguments, prefix_bias) == 56 * kPlace);
+static_assert(offsetof(Arguments, dout) == 68 * kPlace);
+static_assert(offsetof(Arguments, dlse) == 92 * kPlace);
+static_assert(offsetof(Arguments, dattn_mask) == 99 * kPlace);
+static_assert(sizeof(Arguments) == 105 * kPlace);
 
 int main() {
   // The numbers of `DTYPES` in prefixattn/cpu.py.

@@ -67,7 +67,7 @@ void check_lanes(check::Random& random, int64_t count, int64_t width) {
   for (auto& row : from.rows) places.push_back(row.data());
   for (auto& row : to.rows) targets.push_back(row.data());
   std::vector<Unit> packed(size_t(units<Unit>(width) * kBlock));
-  pack_lanes(packed.data(), places.data(), count, width);
+  pack_lanes(packed.data(), kBlock, [&](int64_t row) { return places[size_t(row)]; }, count, width);
   for (int64_t i = 0; i < units<Unit>(width) * kPerUnit<Unit>; ++i)
     for (int64_t lane = 0; lane < round_up(count, kLanes<Unit>); ++lane)
       CHECK(number(packed[size_t(i / kPerUnit<Unit> * kBlock + lane)], i % kPerUnit<Unit>) ==

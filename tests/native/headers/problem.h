@@ -107,9 +107,9 @@ class Problem {
         prefix_value(n.bank, n.key_heads, n.prefix_tokens, n.value_dim, false),
         out(n.rows, n.heads, n.queries, n.value_dim, true), dout(out), dquery(query), dkey(key),
         dvalue(value), dprefix_key(prefix_key), dprefix_value(prefix_value),
-        lse(size_t(n.rows * n.heads * n.queries), Sum(NAN)), dlse(lse), lse_wanted(lse.size()),
-        bias(size_t(n.heads * n.prefix_tokens)), dbias(bias.size()), dbias_wanted(bias.size()),
-        mask(size_t(n.rows * n.queries * n.keys)) {
+        lse(size_t(n.rows * n.heads * n.queries), Sum(NAN)), lse_rest(lse.size()), dlse(lse),
+        lse_wanted(lse.size()), bias(size_t(n.heads * n.prefix_tokens)), dbias(bias.size()),
+        dbias_wanted(bias.size()), mask(size_t(n.rows * n.queries * n.keys)) {
     for (auto* numbers : {&query, &key, &value, &prefix_key, &prefix_value, &dout})
       numbers->fill(random_);
     for (auto* numbers : {&out, &dquery, &dkey, &dvalue}) numbers->fill(NAN);
@@ -147,7 +147,7 @@ class Problem {
     if (n.alibi) a.alibi_slopes = slopes.data();
     a.query = query.tensor(), a.key = key.tensor(), a.value = value.tensor();
     a.prefix_key = prefix_key.tensor(), a.prefix_value = prefix_value.tensor();
-    a.out = out.tensor(), a.lse = lse.data();
+    a.out = out.tensor(), a.lse = lse.data(), a.lse_rest = lse_rest.data();
     if (n.masked) a.attn_mask = {mask.data(), kBool, n.queries * n.keys, 0, n.keys, 1};
     if (n.biased) a.prefix_bias = {bias.data(), kFloat32, 0, n.prefix_tokens, 0, 1};
     a.dout = dout.tensor(), a.dlse = dlse.data();
@@ -170,7 +170,7 @@ class Problem {
   const Sizes n;
   Numbers<T> query, key, value, prefix_key, prefix_value;
   Numbers<T> out, dout, dquery, dkey, dvalue, dprefix_key, dprefix_value;
-  std::vector<Sum> lse, dlse;
+  std::vector<Sum> lse, lse_rest, dlse;
   std::vector<double> lse_wanted;
   std::vector<float> bias;  // [heads, prefix tokens]
   std::vector<Sum> dbias;
