@@ -84,7 +84,8 @@ class Strands {
       : arguments_(a), schedule_(s), failed_(failed), shared_(failed),
         prefix_(a, a.dprefix_key, a.dprefix_value, a.prefix_tokens, s.slices * s.parts),
         run_(a, a.dprefix_key, a.dprefix_value, a.prefix_tokens, 1),
-        rows_(a, a.dkey, a.dvalue, a.keys, s.parts) {
+        rows_(a, a.dkey, a.dvalue, a.keys, s.parts),
+        run_of_row_(a, a.dkey, a.dvalue, has_runs() ? a.keys : 0, 1) {
     if (!prefix_.whole()) prefix_.plan(shared_, strands());
     if (!rows_.whole()) rows_.plan(shared_, a.rows * a.key_heads);
   }
@@ -94,10 +95,11 @@ class Strands {
     Queue queue{strands() * schedule_.slices * schedule_.parts};
     on_threads(schedule_.threads, [&] {
       Arena arena(failed_);
-      Worker worker{Backward<T>(arguments_, arena), prefix_, run_, rows_};
+      Worker worker{Backward<T>(arguments_, arena), prefix_, run_, rows_, run_of_row_, {}, 0};
       if (prefix_.whole()) worker.prefix.plan(arena, 1);
       worker.run.plan(arena, 1);
       if (rows_.whole()) worker.rows.plan(arena, 1);
+      worker.run_of_row.plan(arena, 1);
       if (!arena.reserve()) return;
       for (int64_t task; !failed_ && queue.take(task);) walk(worker, task);
     });
@@ -107,12 +109,17 @@ class Strands {
  private:
   struct Worker {
     Backward<T> backward;
-    Store<T> prefix, run, rows;
+    Store<T> prefix, run, rows, run_of_row;
+    Sums<SumOf<T>> prefix_sums;  // of the run at hand
+    int64_t in_run;              // its blocks so far
   };
 
   // Blocks whose gradients are summed before they meet the sum of all: one sum over the queries of
-  // a large batch would err as their number, two err as its root.
-  static constexpr int64_t kRun = 32;
+  // a large batch, or of a long row, would err as their number, two err as its root.
+  static constexpr int64_t kBlocksInRun = 32;
+
+  // Whether a row has so many blocks that its own keys' gradients are summed in runs too.
+  bool has_runs() const { return schedule_.blocks > kBlocksInRun * schedule_.parts; }
 
   int64_t strands() const { return int64_t(schedule_.sharers.size()) * arguments_.key_heads; }
   const Sharers& group(int64_t strand) const {
@@ -127,33 +134,47 @@ class Strands {
     const int64_t count = sharers.last - sharers.first;
     const int64_t tokens = arguments_.prefix_tokens, last = (slice + 1) * count / slices;
     worker.prefix.cleared(strand, piece, tokens);
-    for (int64_t i = slice * count / slices; i < last;) {
-      const auto sums = worker.run.cleared(0, 0, tokens);
-      for (int64_t blocks = 0; i < last && blocks < kRun; ++i, blocks += schedule_.blocks) {
-        const Row row = row_of(arguments_, schedule_.order[size_t(sharers.first + i)]);
-        walk_row(worker, row, key_head, piece % parts, sums);
-      }
-      worker.prefix.add(strand, piece, sums, tokens);
+    begin_run(worker);
+    const auto end_run = [&] { worker.prefix.add(strand, piece, worker.prefix_sums, tokens); };
+    for (int64_t i = slice * count / slices; i < last; ++i) {
+      const Row row = row_of(arguments_, schedule_.order[size_t(sharers.first + i)]);
+      walk_row(worker, row, key_head, piece % parts, end_run);
     }
+    end_run();
     if (prefix_.whole()) write_prefix(worker.prefix, strand);
   }
 
+  void begin_run(Worker& worker) const {
+    worker.prefix_sums = worker.run.cleared(0, 0, arguments_.prefix_tokens);
+    worker.in_run = 0;
+  }
+
+  template <class EndRun>
   void walk_row(Worker& worker, const Row& row, int64_t key_head, int64_t part,
-                Sums<SumOf<T>> prefix_sums) const {
+                const EndRun& end_run) const {
     const int64_t owner = row.number * arguments_.key_heads + key_head;
-    const auto sums = worker.rows.cleared(owner, part, row.keys);
+    auto sums = worker.rows.cleared(owner, part, row.keys);
+    if (has_runs()) sums = worker.run_of_row.cleared(0, 0, row.keys);
     Backward<T>& backward = worker.backward;
     for (int64_t block = part; block < schedule_.blocks; block += schedule_.parts) {
       fill(backward.block(), row, key_head, block * kBlock);
       if (backward.block().count == 0) break;
+      if (worker.in_run == kBlocksInRun) {
+        end_run();
+        begin_run(worker);
+        if (has_runs()) worker.rows.add(owner, part, sums, row.keys);
+        if (has_runs()) sums = worker.run_of_row.cleared(0, 0, row.keys);
+      }
+      ++worker.in_run;
       backward.begin();
       if (row.prefix_tokens > 0)
         backward.attend(Half::prefix, source_of<T>(arguments_, row, Half::prefix, key_head),
-                        {0, row.prefix_tokens}, prefix_sums);
+                        {0, row.prefix_tokens}, worker.prefix_sums);
       backward.attend(Half::sequence, source_of<T>(arguments_, row, Half::sequence, key_head),
                       {0, row.keys}, sums);
       backward.finish();
     }
+    if (has_runs()) worker.rows.add(owner, part, sums, row.keys);
     if (rows_.whole()) worker.rows.write(owner, row.batch, key_head, row.first_key, row.keys);
   }
 
@@ -184,7 +205,7 @@ class Strands {
   const Schedule& schedule_;
   std::atomic<bool>& failed_;
   Arena shared_;
-  Store<T> prefix_, run_, rows_;
+  Store<T> prefix_, run_, rows_, run_of_row_;
 };
 
 // The gradient of one half's bias. It may be shared by any dimensions, so the tasks are tiles of

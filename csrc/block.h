@@ -25,10 +25,10 @@ inline Source<T> source_of(const Arguments& a, const Row& row, Half half, int64_
 
 // Tiles of keys that are summed before they meet the sum of all, which is kept in double. One float
 // for all keys of a long row would err as their number, and stand still from 2^24 keys on.
-constexpr int64_t kRun = 16;
+constexpr int64_t kTilesInRun = 16;
 
 inline bool has_long_rows(const Arguments& a) {
-  return a.keys > kRun * kTile || a.prefix_tokens > kRun * kTile;
+  return a.keys > kTilesInRun * kTile || a.prefix_tokens > kTilesInRun * kTile;
 }
 
 // Queries of one key head, one in each lane. Lanes past `count` are blank up to a whole vector.

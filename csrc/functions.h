@@ -13,26 +13,33 @@ inline Vector<float> polynomial(Vector<float> x, float highest, Rest... rest) {
   return series;
 }
 
-// e^x for x <= 88; under 1.25 units in the last place; 0 below -87.7, where floats turn subnormal.
+// 2^power e^x for x <= 88; under 1.25 units in the last place; 0 where floats turn subnormal, which
+// is below -87.7 for a power of 0.
 // x = n ln 2 + r with a whole n (Cody and Waite, 1980), e^x = 2^n e^r; the polynomial in r is a
 // minimax fit of degree 6 over |r| <= ln 2 / 2 with its first two coefficients fixed at 1.
-inline Vector<float> exp(Vector<float> x) {
+template <int power>
+inline Vector<float> scaled_exp(Vector<float> x) {
   constexpr float kWhole = 0x1.8p23f;  // added and taken away, it rounds to a whole number
-  constexpr float kLowest = -88.0f;
+  constexpr float kLowest = float(-127 - power) * 0x1.62e430p-1f;
   x = x < kLowest ? broadcast(kLowest) : x;
   const Vector<float> shifted = fused(x, broadcast(0x1.715476p0f), broadcast(kWhole));
   const Vector<float> n = shifted - kWhole;
   const Vector<float> r = fused(n, broadcast(0x1.bd0106p-13f), fused(n, broadcast(-0x1.63p-1f), x));
   const Vector<float> series = polynomial(r, 0x1.6a2352p-10f, 0x1.123a6cp-7f, 0x1.5558f4p-5f,
                                           0x1.555490p-3f, 0x1.fffffcp-2f, 1.0f, 1.0f);
-  const auto exponent = bits_as<Vector<int32_t>>(shifted) - bits_as<int32_t>(kWhole) + 127;
+  const auto exponent =
+      bits_as<Vector<int32_t>>(shifted) - bits_as<int32_t>(kWhole) + (127 + power);
   return series * bits_as<Vector<float>>(exponent << 23);
 }
 
-inline Vector<double> exp(Vector<double> x) {
-  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::exp(x[lane]);
+template <int power>
+inline Vector<double> scaled_exp(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::ldexp(std::exp(x[lane]), power);
   return x;
 }
+
+inline Vector<float> exp(Vector<float> x) { return scaled_exp<0>(x); }
+inline Vector<double> exp(Vector<double> x) { return scaled_exp<0>(x); }
 
 // tanh x, under 1.5 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1)
 // beyond.

@@ -89,7 +89,7 @@ class Backward {
                  key_width() / kLanes<Sum>, units<Unit>(lanes()), Start::sum);
       if (!arguments_.dquery.data) continue;
       add_to_queries(source, first, keys);
-      if (++tiles_ >= kRun && folds_) fold();
+      if (++tiles_ >= kTilesInRun && folds_) fold();
     }
   }
 

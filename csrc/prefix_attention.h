@@ -54,7 +54,7 @@ class Forward {
       if (few()) fetch(source, overlap({first + kTile, first + 2 * kTile}, span));
       Limits<Sum> limits;
       absorb(variant, source, first, keys, block_.limit(seen, first, keys, limits));
-      if (++tiles_ >= kRun && folds_) fold();
+      if (++tiles_ >= kTilesInRun && folds_) fold();
     }
   }
 

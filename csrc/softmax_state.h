@@ -23,6 +23,12 @@ inline Vector<Sum> hide(Vector<Sum> scores, const Limits<Sum>& limits, int64_t l
   return seen ? scores : broadcast(-Sum(INFINITY));
 }
 
+// A weight of 1 is kept as 2^-24, so that the sum of as many values stays within the largest number
+// wherever their mean does. It costs nothing: exp writes another exponent.
+constexpr int kHeadroom = -24;
+template <class Sum>
+constexpr Sum kOne = Sum(0x1p-24);
+
 template <class Sum>
 struct SoftmaxState {
   alignas(64) Sum peak[kBlock], total[kBlock];
@@ -31,9 +37,9 @@ struct SoftmaxState {
     for (int lane = 0; lane < kBlock; ++lane) peak[lane] = -Sum(INFINITY), total[lane] = 0;
   }
 
-  // Takes in a tile of products [keys][kBlock] and leaves weights, exp(scale * product - peak), in
-  // their place. `factors` is what sums of earlier weights have to be multiplied by. With `limits`
-  // null the whole tile is seen.
+  // Takes in a tile of products [keys][kBlock] and leaves weights, exp(scale * product - peak)
+  // times kOne, in their place. `factors` is what sums of earlier weights have to be multiplied by.
+  // With `limits` null the whole tile is seen.
   void absorb(Sum* tile, int64_t keys, int64_t vectors, Sum scale, const Limits<Sum>* limits,
               Sum* factors) {
     for (int64_t lane = 0; lane < vectors * kLanes<Sum>; lane += kLanes<Sum>) {
@@ -53,7 +59,7 @@ struct SoftmaxState {
       Vector<Sum> sum{};  // the tile's own, before it meets what may be a large number
       for (int64_t key = 0; key < keys; ++key) {
         Sum* at = tile + key * kBlock + lane;
-        const Vector<Sum> weights = exp(load(at) * pending - level);
+        const Vector<Sum> weights = scaled_exp<kHeadroom>(load(at) * pending - level);
         sum += weights;
         store(at, weights);
       }
@@ -76,19 +82,22 @@ struct SoftmaxState {
 
   // Takes in a sink, unless null, and returns the factor that makes the sums so far means.
   Sum normalise(int64_t lane, const double* sink) {
-    const Sum mine = sink ? merge(lane, Sum(*sink), Sum(1)).first : Sum(1);
+    const Sum mine = sink ? merge(lane, Sum(*sink), kOne<Sum>).first : Sum(1);
     return total[lane] == 0 ? Sum(0) : mine / total[lane];
   }
 
   // Natural log of the sum over all keys of e^score; -inf for a query that sees none.
-  Sum log_sum(int64_t lane) const { return peak[lane] + std::log(total[lane]); }
+  Sum log_sum(int64_t lane) const { return peak[lane] + log_total(lane); }
 
   // What rounding took from `log_sum`. Of a query all of whose keys have a score of finfo.min it is
   // the log of their number, without which each would have the whole weight in the backward.
   Sum log_sum_rest(int64_t lane) const {
     const Sum sum = log_sum(lane);
-    return std::isfinite(sum) ? (peak[lane] - sum) + std::log(total[lane]) : Sum(0);
+    return std::isfinite(sum) ? (peak[lane] - sum) + log_total(lane) : Sum(0);
   }
+
+ private:
+  Sum log_total(int64_t lane) const { return std::log(total[lane] / kOne<Sum>); }
 };
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -75,7 +75,9 @@ struct Variant {
       case kFloat64: return add_bias<double>(tile, lanes, count, first, keys);
       case kFloat16: return add_bias<Float16>(tile, lanes, count, first, keys);
       case kBfloat16: return add_bias<Bfloat16>(tile, lanes, count, first, keys);
-      case kBool: return add_bias<bool>(tile, lanes, count, first, keys);
+      case kBool:
+        add_bias<bool>(tile, lanes, count, first, keys);
+        return hide_blank(tile, count, keys);
     }
   }
 
@@ -98,6 +100,15 @@ struct Variant {
   }
 
  private:
+  // A key that is hidden from all queries may be NaN, which no weight of 0 takes out of a sum over
+  // lanes. A blank lane has no mask of its own.
+  template <class Sum>
+  void hide_blank(Sum* tile, int64_t count, int64_t keys) const {
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t lane = count; lane % kLanes<Sum> != 0; ++lane)
+        tile[key * kBlock + lane] = -Sum(INFINITY);
+  }
+
   template <class T, class Sum>
   void add_bias(Sum* tile, const Lane* lanes, int64_t count, int64_t first, int64_t keys) const {
     for (int64_t lane = 0; lane < count; ++lane) {

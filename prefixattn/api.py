@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefixattn import quick
 from prefixattn.choose import choose, explanation
+from prefixattn.operands import check_layout
 from prefixattn.ops import attention
 from prefixattn.philox import new_seed
 from prefixattn.problem import TENSORS, Problem
@@ -343,6 +344,7 @@ def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_layout(name, tensor)
     device = tensors["query"].device.type
     if tensors["query"].dtype == torch.float64:
         return tensors

@@ -19,6 +19,9 @@ from prefixattn.problem import cut
 
 BLOCK_QUERIES = 256
 BLOCK_SCORES = 2**22
+# What the largest weight of a softmax is kept as while values are summed, so that their sum stays
+# within the largest number wherever their mean does.
+ONE = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,13 @@ def forward(source: Source) -> tuple[Tensor, Tensor, Tensor]:
         rows = (slice(None), slice(None), block.queries)
         new = torch.maximum(peak[rows], block.scores.amax(-1))
         safe = new.masked_fill(new == -torch.inf, 0)
-        weights = torch.exp(block.scores - safe[..., None])
+        weights = torch.exp(block.scores - safe[..., None]).mul_(ONE)
         shrink = torch.exp(peak[rows] - safe)
         total[rows] = total[rows] * shrink + weights.sum(-1)
         addend = _ungroup(_group(_drop(source, block, weights), source.group) @ block.v, h)
         out[rows] = torch.addcmul(addend, out[rows], shrink[..., None])
         peak[rows] = new
-    return out.div_(total.masked_fill(total == 0, 1)[..., None]), *log_sum(peak, total)
+    return out.div_(total.masked_fill(total == 0, 1)[..., None]), *log_sum(peak, total / ONE)
 
 
 @dataclass

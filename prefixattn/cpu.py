@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prefixattn import build
 from prefixattn.gradients import Upstream, sink_gradient
+from prefixattn.operands import readable, rows
 from prefixattn.problem import TENSORS, Problem, room_like
 
 DTYPES = {
@@ -121,7 +122,7 @@ def _gated_backward(problem: Problem, up: Upstream, wanted: tuple[str, ...]) -> 
     of_sequence = [name for name in wanted if not name.startswith("prefix")]
     of_prefix = [name for name in wanted if name in ("query", *OF_PREFIX)]
     grads = _backward(sequence, replace(up, out=out), of_sequence)
-    prefix_dout = (gate * up.dout.to(wide)).to(up.dout.dtype)
+    prefix_dout = rows((gate * up.dout.to(wide)).to(up.dout.dtype))
     prefix_up = Upstream(prefix_dout, prefix_out, prefix_numbers[0], prefix_numbers[1], None)
     prefix_grads = _backward(prefix, prefix_up, of_prefix)
     if "query" in grads:
@@ -149,12 +150,12 @@ def _vectors(p: Problem) -> list[Tensor | None]:
     """The arguments by row and by head, in the record's order and dtypes."""
     offsets = None if p.query_offsets is None else p.query_offsets.expand(p.rows)
     packing = (p.cu_seqlens_q, p.cu_seqlens_k, offsets, p.dropout_seed)
-    rows = [
+    of_rows = [
         None if x is None else x.long().contiguous()
         for x in (p.prefix_index, p.prefix_lengths, p.key_start, p.key_length, *packing)
     ]
     heads = [None if x is None else x.double().contiguous() for x in (p.sinks, p.alibi_slopes)]
-    return [*rows, *heads]
+    return [*of_rows, *heads]
 
 
 def _record(
@@ -204,6 +205,8 @@ class Prepared:
         pieces = PIECES.unpack(record)
         self._fixed = tuple(pieces[place] for place in (0, 3, 5, 7, 17, 19, 21, 23))
         self._out, self._lse = (out.shape, out.stride()), (lse.shape, lse.dtype)
+        self._query, self._prefix = _extent(problem.query), _extent(problem.prefix_key)
+        self._prefix_value, self._sizes = _extent(problem.prefix_value), (problem.B, problem.H_kv)
         self._function = library().prefixattn_forward
 
     def __call__(
@@ -218,6 +221,22 @@ class Prepared:
         with_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Output and, if asked for, lse."""
+        k, v, keys = key.stride(), value.stride(), key.shape[2]
+        rows, heads, last = *self._sizes, keys - 1
+        of_keys = of_values = 0
+        if keys > 0 and rows > 0:
+            of_keys = (rows - 1) * k[0] + (heads - 1) * k[1] + last * k[2] + key.shape[3]
+            of_values = (rows - 1) * v[0] + (heads - 1) * v[1] + last * v[2] + value.shape[3]
+        if not (
+            _is_stored(query, self._query)
+            and _is_stored(key, of_keys)
+            and _is_stored(value, of_values)
+            and _is_stored(prefix_key, self._prefix)
+            and _is_stored(prefix_value, self._prefix_value)
+        ):
+            tensors = (query, key, value, prefix_key, prefix_value)
+            found = (readable(*each, in_rows=True) for each in zip(TENSORS, tensors, strict=True))
+            return self(*found, with_lse=with_lse)
         out = query.new_empty_strided(*self._out)
         lse = torch.empty(self._lse[0], dtype=self._lse[1]) if with_lse else None
         dtype, before, after, q, pk, pv, o, rest = self._fixed
@@ -226,10 +245,10 @@ class Prepared:
             torch.get_num_threads(),
             torch.are_deterministic_algorithms_enabled(),
             before,
-            key.shape[2],
+            keys,
             after,
             *(query.data_ptr(), q),
-            *(key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3]),
+            *(key.data_ptr(), *k[:3], value.data_ptr(), *v[:3]),
             *(prefix_key.data_ptr(), pk, prefix_value.data_ptr(), pv, out.data_ptr(), o),
             0 if lse is None else lse.data_ptr(),
             rest,
@@ -237,6 +256,22 @@ class Prepared:
         if self._function(record) == NO_MEMORY:
             raise MemoryError("prefixattn_forward: no memory for its workspaces")
         return out, lse
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many numbers of its storage lie between a tensor's first and last, these included."""
+    if tensor.numel() == 0:
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def _is_stored(tensor: Tensor, extent: int) -> bool:
+    """`operands.is_stored` for a known extent, and none of `torch._efficientzerotensor`'s kind."""
+    if extent == 0:
+        return True
+    bytes_left = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    return bytes_left >= extent * tensor.itemsize and tensor.data_ptr() != 0
 
 
 def _tensor(tensor: Tensor | None) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixattn import quick
+from prefixattn.operands import is_batched, readable
 from prefixattn.problem import (
     DIFFERENTIABLE,
     FIELD_NAMES,
@@ -28,6 +29,7 @@ from prefixattn.problem import (
 from prefixattn.rules import check_values
 
 NAMESPACE = "prefixattn"
+BROADCAST = ("prefix_bias", "attn_mask")  # whose last dimension may have any stride, 0 too
 FORWARD = {
     "triton": "prefixattn.kernels.forward",
     "cpu": "prefixattn.cpu",
@@ -47,11 +49,17 @@ _library.define(
     " -> (Tensor out, Tensor lse, Tensor lse_rest)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_OF_BACKWARD = (
+    "Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_rest, "
+    f"{schema_arguments()}, str implementation"
+)
 _library.define(
-    "attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_rest, "
-    f"{schema_arguments()}, str implementation, str[] wanted) -> Tensor[]",
+    f"attention_backward({_OF_BACKWARD}, str[] wanted) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# For upstream gradients that are batched (is_grads_batched=True, vectorised jacobians): torch calls
+# an operator that returns one tensor once for each member of a batch, and refuses one of a list.
+_library.define(f"attention_gradient({_OF_BACKWARD}, str wanted) -> Tensor")
 
 
 def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,6 +102,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _readable(problem)
     check_values(problem)
     with _no_autocast(problem):
         out, *numbers = importlib.import_module(FORWARD[implementation]).forward(problem)
@@ -113,6 +122,10 @@ def _backward(
     return _run_backward(*upstream, Problem(*arguments[:-2]), *arguments[-2:])
 
 
+def _gradient(*arguments: Any) -> Tensor:
+    return _backward(*arguments[:-1], [arguments[-1]])[0]
+
+
 def _run_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -123,11 +136,12 @@ def _run_backward(
     implementation: str,
     wanted: Sequence[str],
 ) -> list[Tensor]:
-    # Expanded, as of a sum, or merged by ring attention, in float32 and laid out as it likes.
-    dtype = problem.query.dtype
-    dout = None if dout is None else _rows(dout.to(dtype))
-    out = _rows(out.to(dtype))
-    lse, lse_rest = (x.to(problem.accumulator) for x in (lse, lse_rest))
+    # Upstream gradients may be expanded, as of a sum; ring attention merges results in float32.
+    problem, dtype, wide = _readable(problem), problem.query.dtype, problem.accumulator
+    dout = None if dout is None else readable("the gradient of the output", dout.to(dtype), True)
+    dlse = None if dlse is None else readable("the gradient of lse", dlse.to(wide), False)
+    out = readable("the output", out.to(dtype), True)
+    lse, lse_rest = (readable("lse", x.to(wide), False) for x in (lse, lse_rest))
     with _no_autocast(problem):
         module = importlib.import_module(BACKWARD[implementation])
         grads = module.backward(problem, dout, dlse, out, lse, lse_rest, tuple(wanted))
@@ -142,8 +156,14 @@ def _no_autocast(problem: Problem) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def _readable(problem: Problem) -> Problem:
+    """The problem with tensors that a kernel can read."""
+    given = {name: getattr(problem, name) for name in TENSOR_FIELDS}
+    found = {
+        name: None if x is None else readable(name, x, in_rows=name not in BROADCAST)
+        for name, x in given.items()
+    }
+    return problem if all(found[name] is given[name] for name in given) else problem.but(**found)
 
 
 def _like(grad: Tensor, argument: Tensor) -> Tensor:
@@ -169,17 +189,47 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     return [torch.empty_like(getattr(problem, name)) for name in wanted]
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save as autograd saves: what is packed away or changed since is noticed."""
+    ctx.save_for_backward(*tensors)
+    ctx.kinds = [None if x is None else (x.shape, x.dtype, x.device) for x in tensors]
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What `_save` saved, as hooks give it back; in other strides at most."""
+    tensors: tuple[Any, ...] = ctx.saved_tensors
+    for tensor, kind in zip(tensors, ctx.kinds, strict=True):
+        if tensor is not None and (tensor.shape, tensor.dtype, tensor.device) != kind:
+            raise RuntimeError(
+                "saved_tensors_hooks: expected the tensor that was packed, "
+                f"{kind[1]} {list(kind[0])} on {kind[2]}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+    return tensors
+
+
+def _call_backward(
+    upstream: Sequence[Tensor | None], arguments: Sequence[Any], wanted: list[str]
+) -> list[Tensor]:
+    """The backward operator; `arguments` are the forward operator's."""
+    operators = torch.ops.prefixattn
+    if not torch.compiler.is_compiling() and any(x is not None and is_batched(x) for x in upstream):
+        return [operators.attention_gradient(*upstream, *arguments, name) for name in wanted]
+    grads: list[Tensor] = operators.attention_backward(*upstream, *arguments, wanted)
+    return grads
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # an unused lse must not receive zeros
     ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
     ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*output, *tensors)
+    _save(ctx, *output, *tensors)
 
 
 def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple:
-    out, lse, lse_rest, *tensors = ctx.saved_tensors
+    out, lse, lse_rest, *tensors = _saved(ctx)
     sources = {True: iter(tensors), False: iter(ctx.others)}
     inputs = [next(sources[is_tensor]) for is_tensor in ctx.is_tensor]
     places = [FIELD_NAMES.index(name) for name in DIFFERENTIABLE]
@@ -190,7 +240,7 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: No
     if dout is None and dlse is None:
         return tuple(grads)
     upstream = (dout, dlse, out, lse, lse_rest)
-    found = torch.ops.prefixattn.attention_backward(*upstream, *inputs, wanted)
+    found = _call_backward(upstream, inputs, wanted)
     for name, grad in zip(wanted, found, strict=True):
         grads[FIELD_NAMES.index(name)] = grad
     return tuple(grads)
@@ -206,25 +256,24 @@ class _Eager(torch.autograd.Function):
         results = _run_forward(problem, implementation)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(results[2])
-        # Every tensor is saved as autograd saves: packed away or changed since, it is noticed, and
-        # nothing else keeps it alive.
+        # Every tensor is saved, and nothing else keeps it alive.
         ctx.problem = problem.but(**dict.fromkeys(TENSOR_FIELDS))
         ctx.implementation = implementation
-        ctx.save_for_backward(*results, *tensors)
+        _save(ctx, *results, *tensors)
         return results
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
-        out, lse, lse_rest, *tensors = ctx.saved_tensors
+        out, lse, lse_rest, *tensors = _saved(ctx)
         problem = ctx.problem.but(**dict(zip(TENSOR_FIELDS, tensors, strict=True)))
         needed = dict(zip(TENSOR_FIELDS, ctx.needs_input_grad[2:], strict=True))
         wanted = [name for name in DIFFERENTIABLE if needed[name]]
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         upstream = (dout, dlse, out, lse, lse_rest)
-        if torch.is_grad_enabled() or not quick.unwatched():  # the operator says what it cannot
-            run = torch.ops.prefixattn.attention_backward
-            grads = run(*upstream, *problem.arguments, ctx.implementation, wanted)
+        watched = not quick.unwatched() or any(x is not None and is_batched(x) for x in upstream)
+        if torch.is_grad_enabled() or watched:  # the operator says what it cannot
+            grads = _call_backward(upstream, [*problem.arguments, ctx.implementation], wanted)
         else:
             grads = _run_backward(*upstream, problem, ctx.implementation, wanted)
         found = dict(zip(wanted, grads, strict=True))
@@ -250,3 +299,4 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     f"{NAMESPACE}::attention_backward", _no_double_backward, lib=_library
 )
+_library.impl("attention_gradient", _gradient, "CompositeExplicitAutograd")

@@ -62,6 +62,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> bool:
         return False
     if not (q.is_cpu and k.is_cpu and v.is_cpu and pk.is_cpu and pv.is_cpu):
         return False
+    if q.is_nested or k.is_nested or v.is_nested or pk.is_nested or pv.is_nested:
+        return False
     return not (q.is_neg() or k.is_neg() or v.is_neg() or pk.is_neg() or pv.is_neg())
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from prefixattn.operands import check_layout
 from prefixattn.problem import FIELD_NAMES, Problem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,6 +105,8 @@ def _check_types(p: Problem) -> None:
             raise TypeError(f"{field.name}: expected a tensor, got {type(value).__name__}")
         if field.type == "Tensor | None" and not (value is None or isinstance(value, Tensor)):
             raise TypeError(f"{field.name}: expected a tensor or None, got {type(value).__name__}")
+        if isinstance(value, Tensor):
+            check_layout(field.name.replace("offsets", "offset"), value)
 
 
 def _check_devices(p: Problem) -> None:

@@ -113,7 +113,7 @@ def _softmax(p: Problem, halves: tuple[str, ...]) -> tuple[Tensor, LogSum]:
     """One softmax over some halves of a dense problem, and the sinks if the sequence is one."""
     kernels = find_kernels(p.query, p.key, p.value)
     out, numbers = _merge(p, [part for half in halves for part in plan(p, half, kernels)])
-    if kernels is not None and _rounds(numbers[0]):
+    if kernels is not None and (_rounds(numbers[0]) or _overflowed(out)):
         out, numbers = _merge(p, [part for half in halves for part in plan(p, half, None)])
     return _with_sinks(p, out, numbers) if "sequence" in halves else (out, numbers)
 
@@ -127,6 +127,11 @@ def _rounds(lse: Tensor) -> bool:
     if lse.device.type != "cpu":
         return False
     return bool(((lse.abs() >= 4096) & lse.isfinite()).any())
+
+
+def _overflowed(out: Tensor) -> bool:
+    """Whether a kernel's sum of values, which it divides last, may have left the dtype's range."""
+    return out.device.type == "cpu" and not bool(out.isfinite().all())
 
 
 def _uneven(p: Problem) -> bool:

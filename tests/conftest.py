@@ -44,6 +44,10 @@ HAS_TRITON = find_spec("triton") is not None
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# torch keeps compiled backward graphs from run to run, by what calls an operator and not by the
+# operator's own arguments: those of an older schema would be found again.
+os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+
 # Two busy cores make any single example late now and then; that says nothing about the code.
 hypothesis.settings.register_profile("prefixattn", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("prefixattn")

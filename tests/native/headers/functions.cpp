@@ -52,6 +52,15 @@ void check_exp() {
   CHECK(std::isnan(exp_of(NAN)));
 }
 
+// Another exponent, and the same digits.
+void check_scaled_exp() {
+  const auto scaled = [](float x) { return scaled_exp<-24>(broadcast(x))[kLane - 1]; };
+  for (float x = -71; x < 80; x += 0.01f) CHECK(scaled(x) == std::ldexp(exp_of(x), -24));
+  for (const float x : {-71.5f, -88.0f, -1e30f, -INFINITY}) CHECK(scaled(x) == 0);
+  CHECK(std::isnan(scaled(NAN)));
+  CHECK(scaled_exp<-24>(broadcast(-3.0))[0] == std::ldexp(std::exp(-3.0), -24));
+}
+
 void check_tanh() {
   const auto vector = [](Vector<float> x) { return tanh(x); };
   const auto exact = [](double x) { return std::tanh(x); };
@@ -78,6 +87,7 @@ void check_doubles() {
 
 int main() {
   check_exp();
+  check_scaled_exp();
   check_tanh();
   check_doubles();
   return check::finish();

@@ -66,10 +66,37 @@ void check_keep() {
   std::vector<float> peaks(places), totals(places), values(places * size_t(a.value_dim));
   forward.keep(peaks.data(), totals.data(), values.data());
   const size_t place = size_t(place_of(a, forward.block().lanes[0]));
-  CHECK(std::abs(peaks[place] + std::log(totals[place]) - problem.lse_wanted[place]) < 1e-5);
+  const double total = double(totals[place] / kOne<float>);
+  CHECK(std::abs(peaks[place] + std::log(total) - problem.lse_wanted[place]) < 1e-5);
   for (int64_t i = 0; i < a.value_dim; ++i)
     CHECK(std::abs(values[place * size_t(a.value_dim) + size_t(i)] / totals[place] -
                    problem.out.want(0, forward.block().lanes[0].head, 1, i)) < 1e-5);
+}
+
+// Many keys of about the same weight, and values that are all the same: that value must come out,
+// and the log of the keys' number. One float for all of them would lose a part of each.
+void check_long_row(int64_t count) {
+  constexpr int64_t kKeys = 40 * kTile * kTilesInRun + 5;
+  Problem<float> problem({.rows = 1, .queries = 32, .keys = 1, .prefix_tokens = 0});
+  Arguments a = problem.arguments();
+  std::vector<float> keys(size_t(kKeys * a.head_dim)), values(size_t(kKeys * a.value_dim), 0.1f);
+  const int64_t stop = kKeys;
+  a.keys = kKeys, a.is_causal = 0, a.key_start = nullptr, a.key_length = &stop, a.window = -1;
+  a.key = {keys.data(), 0, 0, a.head_dim}, a.value = {values.data(), 0, 0, a.value_dim};
+  std::atomic<bool> failed{false};
+  Forward<float> forward(a, failed);
+  Block<float>& block = forward.block();
+  for (block.count = 0; block.count < count; ++block.count)
+    block.lanes[block.count] = lane_of(a, row_of(a, 0), 0, block.count);
+  forward.begin();
+  forward.attend(Half::sequence, source_of<float>(a, row_of(a, 0), Half::sequence, 0), {0, kKeys});
+  forward.finish();
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const Lane& at = block.lanes[lane];
+    const float* out = &problem.out.stored[problem.out.place(at.row.batch, at.head, at.query)];
+    for (int64_t i = 0; i < a.value_dim; ++i) CHECK(std::abs(out[i] / 0.1f - 1) < 3e-7);
+    CHECK(std::abs(problem.lse[size_t(place_of(a, at))] - std::log(double(kKeys))) < 2e-6);
+  }
 }
 
 template <class T>
@@ -100,5 +127,6 @@ int main() {
   check_type<Float16>();
   check_type<Bfloat16>();
   check_keep();
+  for (const int64_t count : {1, 5, 64}) check_long_row(count);
   return finish();
 }

@@ -1,6 +1,7 @@
 #include "softmax_state.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "check.h"
 
@@ -109,21 +110,43 @@ void check_merge() {
   CHECK(state.log_sum(0) == -Sum(INFINITY) && state.normalise(0, nullptr) == 0);
   auto factors = state.merge(0, -Sum(INFINITY), Sum(0));
   CHECK(factors.first == 0 && factors.second == 0 && state.total[0] == 0);
-  factors = state.merge(0, Sum(3), Sum(2));
-  CHECK(factors.first == 0 && factors.second == 1 && state.peak[0] == 3 && state.total[0] == 2);
+  const Sum one = kOne<Sum>;
+  factors = state.merge(0, Sum(3), 2 * one);
+  CHECK(factors.first == 0 && factors.second == 1 && state.peak[0] == 3);
+  CHECK(state.total[0] == 2 * one);
   factors = state.merge(0, -Sum(INFINITY), Sum(0));
-  CHECK(factors.first == 1 && factors.second == 0 && state.total[0] == 2);
-  factors = state.merge(0, Sum(5), Sum(1));
+  CHECK(factors.first == 1 && factors.second == 0 && state.total[0] == 2 * one);
+  factors = state.merge(0, Sum(5), one);
   CHECK(near<Sum>(double(factors.first), std::exp(-2.0)) && factors.second == 1);
   const double total = 2 * std::exp(3.0) + std::exp(5.0), sink = 6;
   CHECK(near<Sum>(double(state.log_sum(0)), std::log(total)));
   const double factor = double(state.normalise(0, &sink));
-  CHECK(near<Sum>(factor * std::exp(-5.0), 1 / (total + std::exp(sink))));
+  CHECK(near<Sum>(factor * one * std::exp(-5.0), 1 / (total + std::exp(sink))));
   CHECK(near<Sum>(double(state.log_sum(0)), std::log(total + std::exp(sink))));
 
   state.begin();
   state.normalise(1, &sink);  // of a query that sees nothing else
   CHECK(state.log_sum(1) == Sum(6));
+}
+
+// What lse lacks: of keys that are all hidden by the lowest number it is the log of their count.
+template <class Sum>
+void check_rest() {
+  const Sum lowest = std::numeric_limits<Sum>::lowest();
+  alignas(64) Sum factors[kBlock];
+  SoftmaxState<Sum> state;
+  state.begin();
+  CHECK(state.log_sum_rest(0) == 0);  // of a query that sees nothing
+  std::vector<Sum> tile(size_t(kKeys * kBlock), lowest);
+  for (int lane = 0; lane < kBlock; lane += 2)
+    for (int64_t key = 0; key < kKeys; ++key) tile[size_t(key * kBlock + lane)] = Sum(0.25);
+  state.absorb(tile.data(), kKeys, kBlock / kLanes<Sum>, Sum(1), nullptr, factors);
+  for (int lane = 0; lane < kBlock; ++lane) {
+    const bool hidden = lane % 2;
+    CHECK(hidden ? state.log_sum(lane) == lowest
+                 : near<Sum>(state.log_sum(lane), 0.25 + std::log(double(kKeys))));
+    CHECK(near<Sum>(state.log_sum_rest(lane), hidden ? std::log(double(kKeys)) : 0));
+  }
 }
 
 template <class Sum>
@@ -133,6 +156,7 @@ void check_type() {
     for (const double scale : {1.0, 0.3, -0.7, 0.0}) check_absorb(tile, pieces, Sum(scale));
   check_whole(tile);
   check_merge<Sum>();
+  check_rest<Sum>();
 }
 
 }  // namespace
