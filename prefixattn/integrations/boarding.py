@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
+from prefixattn.integrations.implementation import Naming
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Caller, Places, argument_names, by_key
 from prefixattn.integrations.spread import AsAttached
@@ -59,7 +60,7 @@ class Boarding:
         groups: whose slots are this stack's, in order. Each source is called once per forward.
         options: of `attach`.
         stack: the model that is hooked.
-        configs: those that its layers look the attention implementation up in.
+        namings: of the configurations that its layers look the attention implementation up in.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class Boarding:
         groups: Sequence[Group],
         options: Options,
         stack: PreTrainedModel,
-        configs: Sequence[Any],
+        namings: Sequence[Naming],
     ) -> None:
         self.groups = groups
         self.slots = [slot for group in groups for slot in group.slots]
         self.options = options
-        self.configs = configs
+        self.namings = namings
         self.places = Places(stack, all(s.causal for s in self.slots if not s.crosses))
         self.entries = [Entries() for _ in groups]
         self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
@@ -147,7 +148,9 @@ class Boarding:
         """Before a model around the stack runs: what its caller says of padding and places."""
         if args:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
-        mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        # What an encoder-decoder is told of its decoder's text has names of its own.
+        text = "decoder_" if model.config.is_encoder_decoder and self.places.causal else ""
+        mask, places = kwargs.get(f"{text}attention_mask"), kwargs.get(f"{text}position_ids")
         self.caller.set(Caller(by_key(mask), places is not None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,12 +164,11 @@ class Boarding:
             output.requires_grad_(True)
 
     def _check_implementation(self, stack: PreTrainedModel) -> None:
-        for config in self.configs:
-            found = config._attn_implementation_internal  # which the public name takes longer for
-            if found != NAME:
+        for naming in self.namings:
+            if naming.name != NAME:
                 raise RuntimeError(
                     f"{type(stack).__name__} has a prefix, but its attention implementation is "
-                    f"now {found!r}: it would be lost. detach() first"
+                    f"now {naming.name!r}: it would be lost. detach() first"
                 )
 
     def _parameters(self) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from transformers.masking_utils import (
 
 from prefixattn.api import prefix_attention
 from prefixattn.integrations.carrier import CAUSAL, KEYWORD, SLOT, Carrier, Entry, Span
+from prefixattn.integrations.implementation import NAMING, View
 from prefixattn.integrations.relay import RELAYED
 from prefixattn.integrations.visibility import Seat, by_mask, by_place, places_of
 
@@ -62,9 +63,12 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     _refuse(module, kwargs)
     if seat is None:
+        _refuse_stranger(module)
         entry, implementation = None, "auto"
         named = getattr(module, CAUSAL, kwargs.get("is_causal"))
         causal = bool(getattr(module, "is_causal", True) if named is None else named)
+        if attention_mask is None:
+            key, value, kwargs, causal = _aligned(query, key, value, kwargs, causal)
     else:
         entry, causal = seat.entry, seat.slot.causal
         implementation = seat.carrier.options.implementation
@@ -81,7 +85,7 @@ def attention_forward(
                 "no attention_mask and use_cache=False"
             )
         arguments = by_place(query, key, attention_mask, seat, causal)
-        if seat is None:
+        if seat is None and attention_mask is not None:
             arguments["window"] = kwargs.get("sliding_window")
     _add_position_bias(arguments, kwargs, seat)
 
@@ -104,6 +108,24 @@ def attention_forward(
     )
     assert isinstance(attended, Tensor)  # and not the pair that return_lse gives
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _aligned(
+    query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], causal: bool
+) -> tuple[Tensor, Tensor, dict[str, Any], bool]:
+    """What a mask of None means where nothing else tells places: the same as to ``sdpa``.
+
+    One query sees all keys, and of several the first stands at the first key: what lies behind the
+    last of them is a static cache's, and empty.
+    """
+    length = query.shape[2]
+    if not causal or length == 1:
+        return key, value, kwargs, False
+    if key.shape[2] > length:
+        key, value = key[:, :, :length], value[:, :, :length]
+        if kwargs.get("position_bias") is not None:
+            kwargs = kwargs | {"position_bias": kwargs["position_bias"][..., :length]}
+    return key, value, kwargs, True
 
 
 def _attend_plainly(
@@ -159,9 +181,26 @@ def attention_mask(
     """transformers' mask function: None or bool ``[B, N]`` where keys and places say it all.
 
     The attention function applies causality, windows and chunks itself. What they cannot express
-    (packed documents, image blocks, two-sided windows) comes as bool ``[B, 1, M, N]``.
+    (packed documents, image blocks, two-sided windows) comes as bool ``[B, 1, M, N]``. So does
+    everything where modules may ask for attention that no carrier tells their places: then a mask
+    is what ``sdpa`` has.
     ``generate`` may call this on its own result, so ``[B, N]`` maps to itself.
     """
+    if not (isinstance(config, View) and getattr(config, NAMING).compact):
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            local_size,
+            allow_is_causal_skip,
+            allow_is_bidirectional_skip,
+            use_vmap,
+            **kwargs,
+        )
     if local_size is None:
         plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     else:
@@ -200,6 +239,16 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(
                 f"{type(module).__name__} asks for {meaning} (`{name}`), which is not supported"
             )
+
+
+def _refuse_stranger(module: nn.Module) -> None:
+    """A layer that was made from an attached model's configuration, and is in no model."""
+    config: Any = vars(module).get("config")
+    if isinstance(config, View) and getattr(config, NAMING).read(config) == NAME:
+        raise NotImplementedError(
+            f"{type(module).__name__} was made from the configuration of a model with a prefix, "
+            "and is no module of it: make it from copy.deepcopy(config)"
+        )
 
 
 def _check_length(module: nn.Module, key: Tensor, span: Span) -> None:
