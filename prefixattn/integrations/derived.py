@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -94,8 +94,16 @@ _origins: dict[type, tuple[Any, ...]] = {}
 def _derived(old: type, members: Members) -> type:
     if (old, members) not in _classes:
         origin = (*_origin(old), members)
+
+        @wraps(old.__init__)  # type: ignore[misc]
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            """A module that is made from the class by itself is none of ours."""
+            self.__class__ = origin[0]
+            origin[0].__init__(self, *args, **kwargs)
+
         body = members(old) | {
             "__module__": old.__module__,
+            "__init__": init,
             "__reduce_ex__": lambda self, protocol: (_empty, origin, self.__getstate__()),
         }
         _classes[old, members] = new = type(old.__name__, (old,), body)

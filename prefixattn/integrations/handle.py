@@ -14,13 +14,13 @@ from prefixattn.integrations.adapters import adapt
 from prefixattn.integrations.boarding import BATCHING_WORDS, Boarding, Group, Source
 from prefixattn.integrations.carrier import CAUSAL, SLOT, Options, Slot
 from prefixattn.integrations.implementation import INTERNAL, Naming, set_implementation
+from prefixattn.integrations.outline import Hooks
 from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.relay import relay
 from prefixattn.integrations.survey import (
     Site,
     check_model,
     check_part,
-    input_embeddings,
     own_sites,
     survey,
 )
@@ -219,7 +219,11 @@ def install(
     namings = _name(model, stacks, sites, undo)
     for stack, parts in stacks.items():
         own = {part: [s for s in sites if s.part == part] for part in parts}
-        _install_stack(model, stack, own, sources, options, namings, undo)
+        boarding = _install_stack(model, stack, own, sources, options, namings, undo)
+        inside = set(stack.modules())
+        attentions = [site.module for site in sites if site.module in inside]
+        boarding.hooks = Hooks(boarding, model, stack, attentions)
+        undo.callback(boarding.hooks.remove)
 
 
 def _name(
@@ -264,7 +268,7 @@ def _install_stack(
     options: Options,
     namings: list[Naming],
     undo: Undo,
-) -> None:
+) -> Boarding:
     """Hook up the parts that one stack runs: itself, or a decoder's own and cross attention."""
     every = [site for members in sites.values() for site in members]
     groups, first = [], 0
@@ -290,16 +294,8 @@ def _install_stack(
         undo.callback(outer.remove)
     undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
     undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
-    for table in boarding.places.tables:
-        if isinstance(table, nn.Embedding):
-            hook = table.register_forward_hook(boarding.places.embedding_hook)
-        else:
-            hook = table.register_forward_pre_hook(boarding.places.table_hook, with_kwargs=True)
-        undo.callback(hook.remove)
-    embeddings = input_embeddings(stack)
-    if embeddings is not None:
-        undo.callback(embeddings.register_forward_hook(boarding.embedding_hook).remove)
     _install_relays(every, boarding, undo)
+    return boarding
 
 
 def _install_relays(sites: list[Site], boarding: Boarding, undo: Undo) -> None:

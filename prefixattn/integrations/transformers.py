@@ -38,7 +38,7 @@ _READ = frozenset(_REFUSED) | {
 def register() -> None:
     """Make ``"prefixattn"`` an attention implementation of transformers. Idempotent."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionMaskInterface.register(NAME, named_mask)
 
 
 def attention_forward(
@@ -163,6 +163,16 @@ def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:
     return Seat(carrier, carrier.slots[index], carrier.spans[index], carrier.entries[index])
 
 
+def named_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """The mask function of the name: the short one where every module has places of its own.
+
+    Where a module may ask for attention and no carrier tells its places, masks are ``sdpa``'s.
+    """
+    compact = isinstance(config, View) and getattr(config, NAMING).compact
+    make: Callable[..., Tensor | None] = attention_mask if compact else sdpa_mask
+    return make(*args, config=config, **kwargs)
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -178,29 +188,12 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: None or bool ``[B, N]`` where keys and places say it all.
+    """A mask for modules with places: None or bool ``[B, N]`` where keys and places say it all.
 
     The attention function applies causality, windows and chunks itself. What they cannot express
-    (packed documents, image blocks, two-sided windows) comes as bool ``[B, 1, M, N]``. So does
-    everything where modules may ask for attention that no carrier tells their places: then a mask
-    is what ``sdpa`` has.
+    (packed documents, image blocks, two-sided windows) comes as bool ``[B, 1, M, N]``.
     ``generate`` may call this on its own result, so ``[B, N]`` maps to itself.
     """
-    if not (isinstance(config, View) and getattr(config, NAMING).compact):
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            local_size,
-            allow_is_causal_skip,
-            allow_is_bidirectional_skip,
-            use_vmap,
-            **kwargs,
-        )
     if local_size is None:
         plain = mask_function in (causal_mask_function, bidirectional_mask_function)
     else:
