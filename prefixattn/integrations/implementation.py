@@ -40,7 +40,7 @@ class Naming:
     def __init__(
         self, config: Any, name: str | None, inner: dict[str, "Naming"], compact: bool
     ) -> None:
-        self.config = config
+        self.config = _plain(config)
         self.name = name
         self.inner = inner
         self.compact = compact
@@ -49,8 +49,6 @@ class Naming:
 
     def of(self, config: Any) -> "Naming":
         """The same for another configuration."""
-        if isinstance(config, View):
-            config = getattr(config, NAMING).config
         inner = {
             key: naming.of(getattr(config, key))
             for key, naming in self.inner.items()
@@ -110,15 +108,20 @@ class View:
     def __copy__(self) -> Any:
         return copy.copy(getattr(self, NAMING).config)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _same, (getattr(self, NAMING).config,)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(getattr(self, NAMING).config, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Later protocols want an object of the class that they are asked for.
+        return getattr(self, NAMING).config.__reduce_ex__(1)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PreTrainedConfig) and vars(self) == vars(other)
 
 
-def _same(config: Any) -> Any:
-    return config
+def _plain(config: Any) -> Any:
+    """The configuration itself: a model that was built from a view goes on having that."""
+    return getattr(config, NAMING).config if isinstance(config, View) else config
 
 
 class _Kind(type):

@@ -176,6 +176,23 @@ def test_a_model_that_shared_the_configuration_before(name: str, attach: Any) ->
     assert torch.equal(generated(student), expected)
 
 
+def test_a_model_built_from_an_attached_models_configuration_is_attached_to(attach: Any) -> None:
+    teacher = build("llava")
+    expected = generated(teacher)
+    handle = attach(teacher, prefix_of(teacher))
+    attached = generated(teacher)
+    student = build("llava", teacher.config)
+    other = attach(student, prefix_of(student))
+    third = build("llava", student.config)
+    assert torch.equal(generated(student), attached)
+    assert torch.equal(generated(third), expected)
+    handle.detach()
+    assert torch.equal(generated(student), attached)
+    other.detach()
+    for model in (teacher, student, third):
+        assert torch.equal(generated(model), expected)
+
+
 def test_a_stock_model_of_the_same_configuration_gives_weights(attach: Any) -> None:
     """What our attention refuses, a model that shares a configuration does not."""
     config = transformers.LlamaConfig(**LLAMA, attn_implementation="eager")
@@ -220,6 +237,7 @@ def test_the_configuration_is_seen_as_it_is_but_for_the_name(attach: Any) -> Non
     config.use_cache = True
     assert seen.use_cache
     assert copy.copy(seen) is not config
+    assert b"prefixattn" not in pickle.dumps(seen)  # it can be read where we are not installed
     handle.detach()
     assert model.config is config
     assert seen._attn_implementation == "sdpa"  # whoever kept it
@@ -279,6 +297,19 @@ def test_a_layer_made_from_it_by_itself_is_refused(attach: Any) -> None:
     with pytest.raises(NotImplementedError, match=r"LlamaAttention.*copy\.deepcopy"):
         layer(hidden, position_embeddings=rope)
     LlamaDecoderLayer(copy.deepcopy(model.config), 0)(hidden, position_embeddings=rope)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_module_made_from_the_class_of_an_attached_one(name: str, attach: Any) -> None:
+    model = build(name)
+    classes = [type(module) for module in model.modules()]
+    handle = attach(model, prefix_of(model))
+    attention = next(m for m in model.modules() if type(m).__name__.endswith("Attention"))
+    made = type(attention)(copy.deepcopy(model.config), 0)
+    assert type(made) in classes
+    assert type(model)(copy.deepcopy(model.config)).config._attn_implementation != NAME
+    handle.detach()
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_a_user_who_sets_the_shared_configuration(attach: Any) -> None:

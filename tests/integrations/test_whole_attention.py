@@ -133,6 +133,38 @@ def test_chunks_of_a_text_that_a_static_cache_holds(name: str) -> None:
     torch.testing.assert_close(said[1], said[0], rtol=0, atol=1e-5 * float(said[0].abs().max()))
 
 
+class Rounded(transformers.cache_utils.QuantizedLayer):
+    """A quantized layer whose numbers are short by themselves: it rounds to float16."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.half()
+
+    def _dequantize(self, q_tensor: Tensor) -> Tensor:
+        return q_tensor.double()
+
+
+def test_a_quantized_cache(attach: Any) -> None:
+    register()
+    torch.manual_seed(0)
+    model = loud(MODELS["llama"]())
+    ids = torch.randint(3, 95, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def in_parts() -> Tensor:
+        cache = transformers.Cache(layers=[Rounded(residual_length=4) for _ in range(2)])
+        parts = ids.split([5, 1, 1, 1, 1], dim=1)
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+
+    expected = in_parts()
+    model.set_attn_implementation(NAME)
+    torch.testing.assert_close(in_parts(), expected)
+    model.set_attn_implementation("sdpa")
+    attach(model, Prefix.random(model, 4).double())
+    whole = model(ids, use_cache=False).logits
+    assert (in_parts() - whole).abs().max() < 0.02 * whole.abs().max()
+    assert (expected - whole).abs().max() > 0.2 * whole.abs().max()
+
+
 # The function alone, beside transformers' own.
 
 M, N = 4, 7
