@@ -248,6 +248,41 @@ def test_a_shorter_table_is_followed_too(name: str, attach: Any) -> None:
         says(model, 17)
 
 
+def test_another_table_of_relative_biases(attach: Any) -> None:
+    model, other = build("t5"), build("t5")
+    prefix = prefix_of(model)
+    attach(model, prefix)
+    before = says(model)
+    for changed in (model, other):
+        torch.manual_seed(3)
+        for stack in (changed.encoder, changed.decoder):
+            attention = stack.block[0].layer[0].SelfAttention
+            attention.relative_attention_bias = nn.Embedding(32, 4).double()
+    found = says(model)
+    attach(other, prefix)
+    assert torch.equal(found, says(other))
+    assert (found - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["LoRA on the embeddings", "the embeddings saved"],
+)
+def test_what_peft_puts_around_the_embeddings(settings: dict[str, Any], attach: Any) -> None:
+    import peft
+
+    model = build("llama")
+    attach(model, prefix_of(model))
+    before = says(model)
+    peft.get_peft_model(model, peft.LoraConfig(**settings)).double()
+    torch.testing.assert_close(says(model), before)
+    assert model.get_input_embeddings()._forward_hooks  # for reentrant checkpointing
+
+
 def test_reentrant_checkpointing_finds_the_new_embeddings(attach: Any) -> None:
     model = build("llama")
     model.requires_grad_(False)
@@ -403,8 +438,20 @@ def test_copies_look_at_their_own_modules(attach: Any) -> None:
     says(made)
 
 
+def test_compiled_and_followed(attach: Any) -> None:
+    torch._dynamo.reset()
+    model = build("bart")
+    attach(model, prefix_of(model))
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    before = says(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs_of(model)).logits, before)
+        _bart_tables(model)
+        torch.testing.assert_close(compiled(**inputs_of(model)).logits, before)
+
+
 @pytest.mark.parametrize("change", [_replace_attention, _swap_layers])
-def test_compiled(change: Callable[[Any], None], attach: Any) -> None:
+def test_compiled_and_refused(change: Callable[[Any], None], attach: Any) -> None:
     """A graph is made anew for a model that was changed, and the change is looked at then."""
     torch._dynamo.reset()
     model = build("llama")
