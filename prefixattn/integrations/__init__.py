@@ -23,8 +23,9 @@ def attach(
 ) -> "Handle":
     """Give ``model`` a prefix, in place; its KV cache goes on holding sequence tokens only.
 
-    The model's classes are left alone: its attention implementation is set to ``"prefixattn"`` and
-    hooks carry the prefix. Everything else (``generate``, ``Trainer``, checkpointing, static
+    The model's code is left alone: its modules find the attention implementation
+    ``"prefixattn"`` in their configuration, where no other model finds it, and hooks carry the
+    prefix. Everything else (``generate``, ``Trainer``, checkpointing, static
     caches, ``torch.compile``) is called as before. To learn about the model, one forward of two
     tokens is run, in evaluation mode and without gradients.
 

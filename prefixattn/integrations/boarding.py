@@ -12,6 +12,8 @@ from transformers import Cache, PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
 from prefixattn.integrations.entries import Entries, Rows
+from prefixattn.integrations.implementation import Naming
+from prefixattn.integrations.outline import DETACH, Hooks
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Caller, Places, argument_names, by_key
 from prefixattn.integrations.spread import AsAttached
@@ -59,7 +61,7 @@ class Boarding:
         groups: whose slots are this stack's, in order. Each source is called once per forward.
         options: of `attach`.
         stack: the model that is hooked.
-        configs: those that its layers look the attention implementation up in.
+        namings: of the configurations that its layers look the attention implementation up in.
     """
 
     def __init__(
@@ -67,27 +69,33 @@ class Boarding:
         groups: Sequence[Group],
         options: Options,
         stack: PreTrainedModel,
-        configs: Sequence[Any],
+        namings: Sequence[Naming],
     ) -> None:
         self.groups = groups
         self.slots = [slot for group in groups for slot in group.slots]
         self.options = options
-        self.configs = configs
-        self.places = Places(stack, all(s.causal for s in self.slots if not s.crosses))
+        self.namings = namings
+        self.hooks: Hooks  # given where they are put
+        self.look(stack, Places(stack, all(s.causal for s in self.slots if not s.crosses)))
         self.entries = [Entries() for _ in groups]
         self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
-        self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.trains = any(p.requires_grad for p in self._parameters())  # when it was last seen
         self.as_attached = AsAttached(self._parameters())
         # Of the forward that runs now: for a relay, and where a model is around the stack.
         self.current: PerThread[Carrier] = PerThread()
         self.caller: PerThread[Caller] = PerThread()
 
+    def look(self, stack: PreTrainedModel, places: Places) -> None:
+        """Take what the stack's modules are now for what they are."""
+        self.places = places
+        self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
+
     def __call__(
         self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._check_implementation(stack)
+        _refuse(stack, self.hooks.keep_up())
         kwargs = dict(zip(self.places.names, args, strict=False)) | kwargs
         _refuse_weights(stack, kwargs.get("output_attentions"))
         inputs = kwargs.get("input_ids")
@@ -145,9 +153,12 @@ class Boarding:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Before a model around the stack runs: what its caller says of padding and places."""
+        _refuse(model, self.hooks.keep_up_above())
         if args:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
-        mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        # What an encoder-decoder is told of its decoder's text has names of its own.
+        text = "decoder_" if model.config.is_encoder_decoder and self.places.causal else ""
+        mask, places = kwargs.get(f"{text}attention_mask"), kwargs.get(f"{text}position_ids")
         self.caller.set(Caller(by_key(mask), places is not None))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,12 +172,11 @@ class Boarding:
             output.requires_grad_(True)
 
     def _check_implementation(self, stack: PreTrainedModel) -> None:
-        for config in self.configs:
-            found = config._attn_implementation_internal  # which the public name takes longer for
-            if found != NAME:
+        for naming in self.namings:
+            if naming.name != NAME:
                 raise RuntimeError(
                     f"{type(stack).__name__} has a prefix, but its attention implementation is "
-                    f"now {found!r}: it would be lost. detach() first"
+                    f"now {naming.name!r}: it would be lost. detach() first"
                 )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -297,6 +307,11 @@ class Boarding:
                 raise ValueError("position_ids that start again (packed rows) need use_cache=False")
             kwargs["use_cache"] = False
         return packed
+
+
+def _refuse(model: PreTrainedModel, why: str | None) -> None:
+    if why is not None:
+        raise RuntimeError(f"{type(model).__name__} was changed under its prefix: {why}. {DETACH}")
 
 
 def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -29,13 +29,24 @@ def derive(module: nn.Module, members: Members) -> Callable[[], None]:
     _check_not_hidden(module, old, new)
     _rebind(module, old, new, _methods(new))
     module.__class__ = new
-    return partial(_give_back, module, old, members)  # the new class cannot be pickled by its name
+    return partial(_give_back, module, *_origin(new))  # no pickle finds the new class by its name
 
 
-def _give_back(module: nn.Module, old: type, members: Members) -> None:
-    derived = _derived(old, members)
+def _give_back(module: nn.Module, root: type, *chain: Members) -> None:
+    old, derived = _made(root, *chain[:-1]), _made(root, *chain)
     _rebind(module, derived, old, _methods(derived))
-    module.__class__ = old
+    module.__class__ = _without(type(module), derived, old)
+
+
+def _without(kind: type, derived: type, old: type) -> Any:
+    """``kind`` as if ``derived`` had never been: FSDP makes classes of those that it finds."""
+    if kind is derived:
+        return old
+    if derived not in kind.__mro__:
+        return kind
+    bases = tuple(_without(base, derived, old) for base in kind.__bases__)
+    body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, body)
 
 
 def _methods(derived: type) -> list[str]:
@@ -77,20 +88,43 @@ def _wraps(function: Any, wanted: Any) -> bool:
 
 
 _classes: dict[tuple[type, Members], type] = {}
+_origins: dict[type, tuple[Any, ...]] = {}
 
 
 def _derived(old: type, members: Members) -> type:
     if (old, members) not in _classes:
+        origin = (*_origin(old), members)
+
+        @wraps(old.__init__)  # type: ignore[misc]
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            """A module that is made from the class by itself is none of ours."""
+            self.__class__ = origin[0]
+            origin[0].__init__(self, *args, **kwargs)
+
         body = members(old) | {
             "__module__": old.__module__,
-            "__reduce_ex__": lambda self, protocol: (_empty, (old, members), self.__getstate__()),
+            "__init__": init,
+            "__reduce_ex__": lambda self, protocol: (_empty, origin, self.__getstate__()),
         }
-        _classes[old, members] = type(old.__name__, (old,), body)
+        _classes[old, members] = new = type(old.__name__, (old,), body)
+        _origins[new] = origin
     return _classes[old, members]
 
 
-def _empty(old: type, members: Members) -> Any:
+def _origin(kind: type) -> tuple[Any, ...]:
+    """The class that ``kind`` was derived from first, and the members that it was given in turn."""
+    return _origins.get(kind, (kind,))
+
+
+def _made(root: type, *chain: Members) -> type:
+    """The class of this origin."""
+    for members in chain:
+        root = _derived(root, members)
+    return root
+
+
+def _empty(root: type, *chain: Members) -> Any:
     """An object of the derived class, without attributes yet."""
-    cls = _derived(old, members)
+    cls = _made(root, *chain)
     make: Any = cls.__new__
     return make(cls)

@@ -13,14 +13,14 @@ from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.integrations.adapters import adapt
 from prefixattn.integrations.boarding import BATCHING_WORDS, Boarding, Group, Source
 from prefixattn.integrations.carrier import CAUSAL, SLOT, Options, Slot
-from prefixattn.integrations.implementation import set_implementation
+from prefixattn.integrations.implementation import INTERNAL, Naming, set_implementation
+from prefixattn.integrations.outline import Hooks
 from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.relay import relay
 from prefixattn.integrations.survey import (
     Site,
     check_model,
     check_part,
-    input_embeddings,
     own_sites,
     survey,
 )
@@ -216,15 +216,41 @@ def install(
     for site in sites:
         setattr(site.module, CAUSAL, site.causal)
         undo.callback(delattr, site.module, CAUSAL)
+    namings = _name(model, stacks, sites, undo)
     for stack, parts in stacks.items():
-        _install_stack(
-            model,
-            stack,
-            {part: [s for s in sites if s.part == part] for part in parts},
-            sources,
-            options,
-            undo,
-        )
+        own = {part: [s for s in sites if s.part == part] for part in parts}
+        boarding = _install_stack(model, stack, own, sources, options, namings, undo)
+        inside = set(stack.modules())
+        attentions = [site.module for site in sites if site.module in inside]
+        boarding.hooks = Hooks(boarding, model, stack, attentions)
+        undo.callback(boarding.hooks.remove)
+
+
+def _name(
+    model: PreTrainedModel,
+    stacks: Mapping[PreTrainedModel, list[str]],
+    sites: list[Site],
+    undo: Undo,
+) -> list[Naming]:
+    """Have the modules of all stacks, and the models around them, find our attention function.
+
+    An encoder-decoder makes its decoder's masks for a static cache by a configuration of its own.
+    """
+    inside = {module for stack in stacks for module in stack.modules()}
+    parts = [part for own in stacks.values() for part in own]
+    owners = [*stacks, model] if "decoder" in parts else list(stacks)
+    configs: dict[int, Any] = {id(owner.config): owner.config for owner in owners}
+    for site in sites:
+        config = getattr(site.module, "config", None)
+        if site.part in parts and hasattr(config, INTERNAL):
+            configs[id(config)] = config
+    namings, take_back = set_implementation(NAME, model, list(configs.values()), inside)
+    undo.callback(take_back)
+    # Modules without a place of their own need masks that say all.
+    compact = all(s.part in ("cross", *parts) for s in sites if s.module in inside)
+    for naming in namings:
+        naming.compact = compact
+    return namings
 
 
 def _refuse_batching(model: str, *args: Any, **kwargs: Any) -> None:
@@ -240,11 +266,11 @@ def _install_stack(
     sites: Mapping[str, list[Site]],
     sources: Mapping[str, Source],
     options: Options,
+    namings: list[Naming],
     undo: Undo,
-) -> None:
+) -> Boarding:
     """Hook up the parts that one stack runs: itself, or a decoder's own and cross attention."""
     every = [site for members in sites.values() for site in members]
-    configs = {id(c): c for c in (stack.config, *(_config_of(s.module, stack) for s in every))}
     groups, first = [], 0
     for part, members in sites.items():
         own = own_sites(members, part)
@@ -256,29 +282,20 @@ def _install_stack(
             setattr(site.module, SLOT, first + site.slot)
             undo.callback(delattr, site.module, SLOT)
         first += len(own)
-    boarding = Boarding(groups, options, stack, list(configs.values()))
+    boarding = Boarding(groups, options, stack, namings)
     if options.positions == "shift" and not boarding.places.movable and "cross" not in sites:
         why = f"{type(stack).__name__}.forward takes no position_ids to shift"
         if boarding.places.restarts:
             why = 'its recurrence begins anew at position 0: positions="keep" can'
         raise refusal(stack, why)
-    undo.callback(set_implementation(NAME, list(configs.values())))
     if stack is not model:
         note = boarding.note_caller
         outer = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         undo.callback(outer.remove)
     undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
     undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
-    for table in boarding.places.tables:
-        if isinstance(table, nn.Embedding):
-            hook = table.register_forward_hook(boarding.places.embedding_hook)
-        else:
-            hook = table.register_forward_pre_hook(boarding.places.table_hook, with_kwargs=True)
-        undo.callback(hook.remove)
-    embeddings = input_embeddings(stack)
-    if embeddings is not None:
-        undo.callback(embeddings.register_forward_hook(boarding.embedding_hook).remove)
     _install_relays(every, boarding, undo)
+    return boarding
 
 
 def _install_relays(sites: list[Site], boarding: Boarding, undo: Undo) -> None:
@@ -303,11 +320,6 @@ def _owners(sites: list[Site], stack: nn.Module) -> list[Any]:
     if not biased or sites[0].part == "cross":
         return [None] * len(sites)
     return [site.module if site.module in biased else biased[0] for site in sites]
-
-
-def _config_of(module: nn.Module, stack: PreTrainedModel) -> Any:
-    config = getattr(module, "config", None)
-    return config if hasattr(config, "_attn_implementation_internal") else stack.config
 
 
 def warn_of_dead_tokens(

@@ -1,64 +1,285 @@
-"""Setting a model's attention implementation, and setting it back."""
+"""Having one model name an attention implementation, and nobody else who has its configuration.
 
-from collections.abc import Callable, Sequence
+A model that was built from the same configuration object, or from one that was taken from the model
+and copied, pickled or saved, names what it would without us. So the name does not stand in the
+configuration: the modules of the model see theirs through a `View`, which names ours.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
-from weakref import ref
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
+
+from prefixattn.integrations.adapters import CONFIG
+from prefixattn.integrations.derived import derive
+
+INTERNAL = "_attn_implementation_internal"
+"""The attribute of a configuration that holds the name."""
+
+NAMING = "prefixattn_naming"
+"""The attribute of a `View` that holds its `Naming`."""
+
+HELD = {"config": "prefixattn_naming_of_config", CONFIG: "prefixattn_naming_of_our_config"}
+"""The attributes of a module that hold a configuration, and where its `Naming` lies meanwhile."""
+
+
+class Naming:
+    """What the modules of one model see in the place of one configuration.
+
+    Args:
+        config: the configuration, which others may have too.
+        name: the attention implementation that it names here; None: the same as everywhere.
+        inner: the same for its sub-configurations, by attribute.
+        compact: whether all modules that get a mask from this configuration have a place of their
+            own among the carrier's, so that a mask need not say what places do.
+    """
+
+    def __init__(
+        self, config: Any, name: str | None, inner: dict[str, "Naming"], compact: bool
+    ) -> None:
+        self.config = _plain(config)
+        self.name = name
+        self.inner = inner
+        self.compact = compact
+        self.given = name
+        self.view: Any = _view(self)
+
+    def of(self, config: Any) -> "Naming":
+        """The same for another configuration."""
+        inner = {
+            key: naming.of(getattr(config, key))
+            for key, naming in self.inner.items()
+            if isinstance(getattr(config, key, None), PreTrainedConfig)
+        }
+        return Naming(config, self.given, inner, self.compact)
+
+    def read(self, view: "View") -> Any:
+        """What ``view`` names: where it is no longer that of the model, what the others name."""
+        if self.view is view and self.name is not None:
+            return self.name
+        return vars(self.config).get(INTERNAL)
+
+    def write(self, view: "View", name: str | None) -> None:
+        """Have ``view`` name something.
+
+        A model that is built from a configuration begins by naming again what it found there: the
+        view is that model's from then on, and the attached model has a new one.
+        """
+        if self.view is not view:
+            vars(self.config)[INTERNAL] = name
+        elif name == self.read(view):
+            self.view = _view(self)
+        elif self.name is None:
+            vars(self.config)[INTERNAL] = name
+        else:
+            self.name = name
+            if name != self.given:
+                vars(self.config)[INTERNAL] = name
+
+    def close(self) -> None:
+        """The model sees its configuration itself again, and so do all that were given a view."""
+        self.view = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A view is made anew: what is copied or pickled of one by itself is the configuration."""
+        state = {"name": self.name}
+        return Naming, (self.config, self.given, self.inner, self.compact), state
+
+
+class View:
+    """A configuration that names another attention implementation, and is the same in all else.
+
+    Both have one ``__dict__``. Copies, pickles and files of a view are of the configuration.
+    """
+
+    __slots__ = (NAMING,)
+    of: Any
+
+    def __init_subclass__(cls) -> None:
+        """Not what transformers does with a new kind of configuration."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """One that is made from a view's class has nothing to do with the view."""
+        return cls.of(*args, **kwargs)
+
+    def __copy__(self) -> Any:
+        return copy.copy(getattr(self, NAMING).config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(getattr(self, NAMING).config, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Later protocols want an object of the class that they are asked for.
+        return getattr(self, NAMING).config.__reduce_ex__(1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PreTrainedConfig) and vars(self) == vars(other)
+
+
+def _plain(config: Any) -> Any:
+    """The configuration itself: a model that was built from a view goes on having that."""
+    return getattr(config, NAMING).config if isinstance(config, View) else config
+
+
+class _Kind(type):
+    """The class of a view's class, which passes for that of the configuration among keys."""
+
+    of: Any
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.of
+
+    def __hash__(cls) -> int:
+        return hash(cls.of)
+
+
+_kinds: dict[tuple[type, tuple[str, ...]], Any] = {}
+
+
+def _view(naming: Naming) -> Any:
+    old = type(naming.config)
+    key = (old, tuple(naming.inner))
+    if key not in _kinds:
+        body = {
+            "__slots__": (),
+            "__module__": old.__module__,
+            "__qualname__": old.__qualname__,
+            "__hash__": old.__hash__,
+            "of": old,
+            INTERNAL: property(_read, _write),
+        }
+        body |= {name: property(partial(_inner, name), partial(_set, name)) for name in key[1]}
+        _kinds[key] = _Kind(old.__name__, (View, old), body)
+    view = object.__new__(_kinds[key])
+    object.__setattr__(view, NAMING, naming)
+    object.__setattr__(view, "__dict__", vars(naming.config))
+    return view
+
+
+def _read(view: Any) -> Any:
+    return getattr(view, NAMING).read(view)
+
+
+def _write(view: Any, name: str | None) -> None:
+    getattr(view, NAMING).write(view, name)
+
+
+def _inner(name: str, view: Any) -> Any:
+    naming = getattr(view, NAMING)
+    own = vars(view)[name]
+    inner = naming.inner[name]
+    return inner.view if naming.view is view and inner.config is own else own
+
+
+def _set(name: str, view: Any, value: Any) -> None:
+    vars(view)[name] = value
 
 
 def own_configs(model: nn.Module) -> list[Any]:
     """The distinct configurations of ``model``, its sub-models and its modules."""
     found = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    if isinstance(model, PreTrainedModel):
-        found.setdefault(id(model.config), model.config)
+        for attribute in HELD:
+            config = vars(module).get(attribute)
+            if hasattr(config, INTERNAL):
+                found[id(config)] = config
     return list(found.values())
 
 
-class _Use(NamedTuple):
-    """How many models have set a name, the one before, and what forgets both with the config."""
+def set_implementation(
+    name: str, model: nn.Module, configs: Sequence[Any], scope: Iterable[nn.Module] | None = None
+) -> tuple[list[Naming], Callable[[], None]]:
+    """Have modules of ``model`` find this attention implementation in all ``configs``.
 
-    models: int
-    before: str
-    config: ref[Any]
-
-
-# By config and name. Models that were built from one config object share it.
-_uses: dict[tuple[int, str], _Use] = {}
-
-
-def set_implementation(name: str, configs: Sequence[Any]) -> Callable[[], None]:
-    """Have all ``configs`` name this attention implementation.
+    Args:
+        name: of the implementation.
+        model: whose modules are meant.
+        configs: those that name it there; others who have them see no change.
+        scope: the modules; default all. Those around them are told of it, too.
 
     Returns:
-        What sets them back, once the last model that shares a configuration asks for it. A
-        configuration that was given another name meanwhile keeps that one.
+        One `Naming` for each of ``configs``, and what takes everything back. A configuration that
+        was given another name by the model meanwhile keeps that one.
     """
-    befores = [config._attn_implementation_internal for config in configs]
-    for config, own in zip(configs, befores, strict=True):
-        key = (id(config), name)
-        use = _uses.get(key) or _Use(0, own, ref(config, partial(_forget, key)))
-        _uses[key] = use._replace(models=use.models + 1)
-        config._attn_implementation_internal = name
-    return partial(_restore, name, list(configs), befores)
+    namings: dict[int, Naming | None] = {}
+    inside = set(model.modules() if scope is None else scope)
+    changed = []
+    for module in list(model.modules()):
+        if module not in inside and inside.isdisjoint(module.modules()):
+            continue
+        held = {}
+        for attribute in HELD:
+            config = vars(module).get(attribute)
+            naming = _naming(config, name, {id(c) for c in configs}, namings)
+            if naming is not None:
+                held[attribute] = naming
+        if held:
+            changed.append((module, _hold(module, held)))
+    found = [_naming(c, name, {id(c)}, namings) for c in configs]
+    return [naming for naming in found if naming is not None], partial(_take_back, changed)
 
 
-def _restore(name: str, configs: Sequence[Any], befores: Sequence[str]) -> None:
-    for config, own in zip(configs, befores, strict=True):
-        # A copy of a configuration has one user, its copied model, which nobody counted.
-        key = (id(config), name)
-        use = _uses.pop(key, None)
-        if use is not None and use.models > 1:
-            _uses[key] = use._replace(models=use.models - 1)
-        elif config._attn_implementation_internal == name:
-            config._attn_implementation_internal = own if use is None else use.before
+def _naming(
+    config: Any, name: str, named: set[int], known: dict[int, Naming | None]
+) -> Naming | None:
+    """That of a configuration which is named, or has one inside it; None for any other."""
+    if not hasattr(config, INTERNAL):
+        return None
+    if id(config) not in known:
+        known[id(config)] = None  # for one that holds itself
+        inner = {
+            key: naming
+            for key, value in vars(config).items()
+            if isinstance(value, PreTrainedConfig)
+            and (naming := _naming(value, name, named, known)) is not None
+        }
+        if id(config) in named or inner:
+            own = name if id(config) in named else None
+            known[id(config)] = Naming(config, own, inner, compact=True)
+    return known[id(config)]
 
 
-def _forget(key: tuple[int, str], config: ref[Any]) -> None:
-    _uses.pop(key, None)
+def _hold(module: nn.Module, held: dict[str, Naming]) -> list[Callable[[], None]]:
+    undo = []
+    for attribute, naming in held.items():
+        undo.append(derive(module, MEMBERS[attribute]))
+        vars(module)[HELD[attribute]] = naming
+        del vars(module)[attribute]
+    return undo
+
+
+def _take_back(changed: list[tuple[nn.Module, list[Callable[[], None]]]]) -> None:
+    for module, undo in reversed(changed):
+        for attribute, place in HELD.items():
+            naming = vars(module).pop(place, None)
+            if naming is not None:
+                vars(module)[attribute] = naming.config
+                naming.close()
+        for give_class_back in reversed(undo):
+            give_class_back()
+
+
+def _sees_config(old: type) -> dict[str, Any]:
+    return {"config": _through(HELD["config"])}
+
+
+def _sees_our_config(old: type) -> dict[str, Any]:
+    return {CONFIG: _through(HELD[CONFIG])}
+
+
+MEMBERS = {"config": _sees_config, CONFIG: _sees_our_config}
+
+
+def _through(place: str) -> property:
+    def get(module: Any) -> Any:
+        return getattr(module, place).view
+
+    def put(module: Any, config: Any) -> None:
+        naming = getattr(module, place)
+        if config is not naming.view:
+            setattr(module, place, naming.of(config))
+
+    return property(get, put)

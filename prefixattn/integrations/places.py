@@ -281,7 +281,7 @@ def _rotary_border(stack: PreTrainedModel) -> int | None:
 
 def _longest(stack: PreTrainedModel) -> int | None:
     """The length that a model with rotary positions was made for."""
-    rotates = any(name.endswith("inv_freq") for name, _ in stack.named_buffers())
+    rotates = any(_turns(name) for name, _ in stack.named_buffers())
     return getattr(stack.config, "max_position_embeddings", None) if rotates else None
 
 
@@ -301,9 +301,27 @@ def _table_size(stack: PreTrainedModel) -> int | None:
     """The number of positions that are known, where the stack adds what a table has of them."""
     for name, module in _own_modules(stack):
         if isinstance(module, nn.Embedding) and _embeds_positions(name):
-            return module.num_embeddings - getattr(module, "offset", 0)
+            return _rows(module) - getattr(module, "offset", 0)
     sines = getattr(stack, "pos_encoding", None)
     return len(sines) if isinstance(sines, Tensor) and sines.ndim == 2 else None
+
+
+def _rows(table: nn.Embedding) -> int:
+    """Of its weight, which may be a new one, or what it was made with where that is in shards."""
+    return len(table.weight) if table.weight.ndim == 2 else table.num_embeddings
+
+
+def position_modules(stack: PreTrainedModel) -> list[nn.Module]:
+    """The modules that `Places` looks at: tables, what counts for them, and what turns keys."""
+    own = _own_modules(stack)
+    found = [module for name, module in own if _embeds_positions(name)]
+    numbering = _numbering(stack)
+    found += [] if numbering is None else [numbering.embeddings]
+    return found + [m for _, m in own if any(map(_turns, dict(m.named_buffers(recurse=False))))]
+
+
+def _turns(buffer: str) -> bool:
+    return buffer.endswith("inv_freq")
 
 
 def known_positions(model: nn.Module, tokens: nn.Module | None) -> int | None:

@@ -119,7 +119,7 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
         undo.callback(_restore_training, model, training)
         undo.callback(_recording.reset, token)
         adapt(model, undo)
-        undo.callback(set_implementation(SURVEY_NAME, own_configs(model)))
+        undo.callback(set_implementation(SURVEY_NAME, model, own_configs(model))[1])
         _watch(model, recording, undo)
         model.eval()
         for module in model.modules():  # which packs its weights for good in a forward that is not

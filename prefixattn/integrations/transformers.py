@@ -15,6 +15,7 @@ from transformers.masking_utils import (
 
 from prefixattn.api import prefix_attention
 from prefixattn.integrations.carrier import CAUSAL, KEYWORD, SLOT, Carrier, Entry, Span
+from prefixattn.integrations.implementation import NAMING, View
 from prefixattn.integrations.relay import RELAYED
 from prefixattn.integrations.visibility import Seat, by_mask, by_place, places_of
 
@@ -37,7 +38,7 @@ _READ = frozenset(_REFUSED) | {
 def register() -> None:
     """Make ``"prefixattn"`` an attention implementation of transformers. Idempotent."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionMaskInterface.register(NAME, named_mask)
 
 
 def attention_forward(
@@ -62,9 +63,12 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     _refuse(module, kwargs)
     if seat is None:
+        _refuse_stranger(module)
         entry, implementation = None, "auto"
         named = getattr(module, CAUSAL, kwargs.get("is_causal"))
         causal = bool(getattr(module, "is_causal", True) if named is None else named)
+        if attention_mask is None:
+            key, value, kwargs, causal = _aligned(query, key, value, kwargs, causal)
     else:
         entry, causal = seat.entry, seat.slot.causal
         implementation = seat.carrier.options.implementation
@@ -81,7 +85,7 @@ def attention_forward(
                 "no attention_mask and use_cache=False"
             )
         arguments = by_place(query, key, attention_mask, seat, causal)
-        if seat is None:
+        if seat is None and attention_mask is not None:
             arguments["window"] = kwargs.get("sliding_window")
     _add_position_bias(arguments, kwargs, seat)
 
@@ -104,6 +108,24 @@ def attention_forward(
     )
     assert isinstance(attended, Tensor)  # and not the pair that return_lse gives
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _aligned(
+    query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], causal: bool
+) -> tuple[Tensor, Tensor, dict[str, Any], bool]:
+    """What a mask of None means where nothing else tells places: the same as to ``sdpa``.
+
+    One query sees all keys, and of several the first stands at the first key: what lies behind the
+    last of them is a static cache's, and empty.
+    """
+    length = query.shape[2]
+    if not causal or length == 1:
+        return key, value, kwargs, False
+    if key.shape[2] > length:
+        key, value = key[:, :, :length], value[:, :, :length]
+        if kwargs.get("position_bias") is not None:
+            kwargs = kwargs | {"position_bias": kwargs["position_bias"][..., :length]}
+    return key, value, kwargs, True
 
 
 def _attend_plainly(
@@ -141,6 +163,16 @@ def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:
     return Seat(carrier, carrier.slots[index], carrier.spans[index], carrier.entries[index])
 
 
+def named_mask(*args: Any, config: Any = None, **kwargs: Any) -> Tensor | None:
+    """The mask function of the name: the short one where every module has places of its own.
+
+    Where a module may ask for attention and no carrier tells its places, masks are ``sdpa``'s.
+    """
+    compact = isinstance(config, View) and getattr(config, NAMING).compact
+    make: Callable[..., Tensor | None] = attention_mask if compact else sdpa_mask
+    return make(*args, config=config, **kwargs)
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -156,7 +188,7 @@ def attention_mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function: None or bool ``[B, N]`` where keys and places say it all.
+    """A mask for modules with places: None or bool ``[B, N]`` where keys and places say it all.
 
     The attention function applies causality, windows and chunks itself. What they cannot express
     (packed documents, image blocks, two-sided windows) comes as bool ``[B, 1, M, N]``.
@@ -200,6 +232,16 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(
                 f"{type(module).__name__} asks for {meaning} (`{name}`), which is not supported"
             )
+
+
+def _refuse_stranger(module: nn.Module) -> None:
+    """A layer that was made from an attached model's configuration, and is in no model."""
+    config: Any = vars(module).get("config")
+    if isinstance(config, View) and getattr(config, NAMING).read(config) == NAME:
+        raise NotImplementedError(
+            f"{type(module).__name__} was made from the configuration of a model with a prefix, "
+            "and is no module of it: make it from copy.deepcopy(config)"
+        )
 
 
 def _check_length(module: nn.Module, key: Tensor, span: Span) -> None:
