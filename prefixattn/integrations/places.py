@@ -19,9 +19,13 @@ COUNTERS = ("cache_length", "past_key_values_length")
 
 
 class Caller(NamedTuple):
-    """What the caller of a model said of padding and places: a mask ``[B, N]``, if there is one."""
+    """What the caller of a model said of padding and places: a mask ``[B, N]``, if there is one.
+
+    ``masks`` and ``places``: whether there was a mask of any form, and whether there were places.
+    """
 
     mask: Tensor | None
+    masks: bool
     places: bool
 
 
@@ -101,23 +105,45 @@ class Places:
     ) -> Tensor:
         """``[B or 1, M]`` (or what the caller gave): the places of this forward's text.
 
-        ``caller`` is what a model around the stack was told, which may hand on masks and places of
-        its own making: those that are the same for all rows pass over the padding.
+        ``caller`` is what a model around the stack was told. Places of that model's own making are
+        kept like the caller's; only where they count the padding before a text, like stock models
+        that are given no places, the text begins where it does without padding.
         """
         given = kwargs.get("position_ids")
-        own = caller is not None and not caller.places and given is not None
-        if given is not None and not (own and given.ndim == 2 and given.shape[0] == 1):
+        if given is None:
+            if self.numbering is not None:
+                return self.numbering(kwargs, cached)
+            return self.counted_places(kwargs, inputs, cached, caller)
+        if caller is None or caller.places or given.ndim != 2 or given.shape[0] != 1:
             return given
-        if self.numbering is not None:
-            return self.numbering(kwargs, cached)
+        mask = self._padding(kwargs, caller)
+        if not self.causal or mask is None:
+            return given
+        first = mask.to(given.device).int().argmax(dim=1, keepdim=True)  # [B, 1]
+        at_text = first.clamp(max=given.shape[1] - 1)
+        through = given.expand(len(first), -1).gather(1, at_text) - given[:, :1] == first
+        # Behind cached text, places that count padding are not less than the count of the cache.
+        behind = given[:, :1] >= cached
+        if isinstance(cached, int):
+            through = behind if cached else through
+        else:
+            through = torch.where(cached == 0, through, behind)
+        return (given - torch.where(through, first, 0)).clamp(min=0)
+
+    def counted_places(
+        self,
+        kwargs: dict[str, Any],
+        inputs: Tensor,
+        cached: int | Tensor,
+        caller: Caller | None = None,
+    ) -> Tensor:
+        """``[B or 1, M]``: how many text tokens stand before each; padding is left out."""
         length = inputs.shape[1]
         if isinstance(cached, int):
             places = torch.arange(cached, cached + length, device=inputs.device)
         else:
             places = torch.arange(length, device=inputs.device) + cached
-        mask = by_key(kwargs.get("attention_mask"))
-        if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
-            mask = caller.mask
+        mask = self._padding(kwargs, caller)
         if not self.causal or mask is None:
             return places[None]
         if isinstance(cached, int) and mask.shape[1] < cached + length:
@@ -125,11 +151,38 @@ class Places:
                 f"attention_mask must cover the {cached} cached and {length} new tokens, "
                 f"got {tuple(mask.shape)}"
             )
-        mask = mask.to(inputs.device) != 0
+        mask = mask.to(inputs.device)
         if self.counts_mask:
             return (mask.long().cumsum(dim=1) - 1).index_select(1, places).clamp(min=0)
         # Left padding must not come between prefix and text; what is masked later keeps its place.
         return (places - mask.int().argmax(dim=1, keepdim=True)).clamp(min=0)
+
+    def _padding(self, kwargs: dict[str, Any], caller: Caller | None) -> Tensor | None:
+        """``[B, N]`` bool: the mask of this forward, or what its caller gave."""
+        mask = by_key(kwargs.get("attention_mask"))
+        if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
+            mask = caller.mask
+        return None if mask is None else mask != 0
+
+    def checked(self, given: Any, inputs: Tensor) -> Tensor | None:
+        """What a caller gave for ``position_ids``; one number a token is one row for all.
+
+        Raises:
+            TypeError, ValueError: it is no tensor, or not of this forward's tokens.
+        """
+        if given is None:
+            return None
+        if not isinstance(given, Tensor):
+            raise TypeError(f"position_ids must be a tensor, got a {type(given).__name__}")
+        rows, length = inputs.shape[:2]
+        places = given[None] if given.ndim == 1 else given
+        fits = places.ndim != 2 or (places.shape[0] in (1, rows) and places.shape[1] == length)
+        if not fits and self.takes_ids:
+            raise ValueError(
+                f"position_ids must be [{rows}, {length}] or [1, {length}], a place for each new "
+                f"token, got {tuple(given.shape)}"
+            )
+        return places
 
     def move(
         self,
@@ -209,7 +262,9 @@ class Places:
         bias: Tensor = owner.relative_attention_bias(bucket)  # [B, M, P, H]
         return bias.permute(0, 3, 1, 2)
 
-    def check(self, places: Tensor, before: int, cached: int | Tensor, length: int) -> None:
+    def check(
+        self, places: Tensor, before: int, cached: int | Tensor, length: int, *, chosen: bool
+    ) -> None:
         """Hold the last place of a forward against what the model knows.
 
         Args:
@@ -217,6 +272,7 @@ class Places:
             before: prefix tokens that the text is moved behind.
             cached: tokens in the cache.
             length: tokens of this forward.
+            chosen: the caller gave the places, which the number of tokens says nothing of.
 
         Raises:
             ValueError: moved text would run off a learned table, or over the length at which the
@@ -230,7 +286,10 @@ class Places:
             return
         first = 0 if self.numbering is None else self.numbering.first
         room = min(limits) - first - before - length
-        if (self._count(cached, length, room) if isinstance(cached, Tensor) else cached) <= room:
+        within = (
+            self._count(cached, length, room) if isinstance(cached, Tensor) else cached
+        ) <= room
+        if within and not (chosen and self._may_look(places, length)):
             return
         last = int(places.max()) + before
         if before and self.table is not None and last >= self.table:
@@ -250,6 +309,13 @@ class Places:
                 stacklevel=2,
             )
             self.longest = None  # said once
+
+    def _may_look(self, places: Tensor, length: int) -> bool:
+        """Whether to read places costs little: not where each token would wait for a device."""
+        if torch.compiler.is_compiling():
+            return False
+        bounded = self.table is not None or self.border is not None
+        return length > 1 or (bounded and places.device.type == "cpu")
 
     def _count(self, counter: Tensor, length: int, room: int) -> int:
         """What a static cache's counter stands at, or more where that is still within ``room``.
