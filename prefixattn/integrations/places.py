@@ -95,6 +95,7 @@ class Places:
         ) and not self.restarts
         self.moved: PerThread[Moved] = PerThread()  # by this forward, for the tables' hooks
         self.counted: PerThread[Counted] = PerThread()
+        self.begin: PerThread[Tensor] = PerThread()  # [1, 1]: the first place that a model gives
 
     def find(
         self,
@@ -122,13 +123,17 @@ class Places:
         first = mask.to(given.device).int().argmax(dim=1, keepdim=True)  # [B, 1]
         at_text = first.clamp(max=given.shape[1] - 1)
         through = given.expand(len(first), -1).gather(1, at_text) - given[:, :1] == first
-        # Behind cached text, places that count padding are not less than the count of the cache.
-        behind = given[:, :1] >= cached
+        # Behind cached text, places that count padding are the cache's count and where texts begin.
+        begin = self.begin.get()
+        behind = given[:, :1] >= (cached if begin is None else cached + begin)
         if isinstance(cached, int):
             through = behind if cached else through
         else:
             through = torch.where(cached == 0, through, behind)
-        return (given - torch.where(through, first, 0)).clamp(min=0)
+        places = (given - torch.where(through, first, 0)).clamp(min=0)
+        if isinstance(cached, int) and cached == 0 and not torch.compiler.is_compiling():
+            self.begin.set(places.gather(1, at_text)[:1])
+        return places
 
     def counted_places(
         self,
