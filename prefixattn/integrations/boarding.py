@@ -19,8 +19,9 @@ from prefixattn.integrations.documents import (
     one_document,
 )
 from prefixattn.integrations.entries import Entries, Rows
+from prefixattn.integrations.given import Caller, by_key, checked_places
 from prefixattn.integrations.per_thread import PerThread
-from prefixattn.integrations.places import Caller, Places, argument_names, by_key
+from prefixattn.integrations.places import Places, argument_names
 from prefixattn.integrations.spread import AsAttached
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
@@ -100,7 +101,7 @@ class Boarding:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
-        kwargs["position_ids"] = self.places.checked(kwargs.get("position_ids"), inputs)
+        kwargs["position_ids"] = checked_places(kwargs.get("position_ids"), inputs)
         caller = self.caller.get()
         documents, unpadded = self._documents(kwargs, inputs, caller)
         chosen = kwargs["position_ids"] is not None

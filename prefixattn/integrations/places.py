@@ -11,22 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.adapters import is_free_of_positions
+from prefixattn.integrations.given import Caller, Outer, by_key
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.refusal import refusal
 
 # What a table's forward calls the tokens in the cache: from transformers 5.24 on, and before.
 COUNTERS = ("cache_length", "past_key_values_length")
-
-
-class Caller(NamedTuple):
-    """What the caller of a model said of padding and places: a mask ``[B, N]``, if there is one.
-
-    ``masks`` and ``places``: whether there was a mask of any form, and whether there were places.
-    """
-
-    mask: Tensor | None
-    masks: bool
-    places: bool
 
 
 class Moved(NamedTuple):
@@ -41,16 +31,6 @@ class Counted(NamedTuple):
 
     counter: Tensor
     tokens: int
-
-
-def by_key(mask: Any) -> Tensor | None:
-    """The mask ``[B, N]``, or the widest of those by kind of layer, which static caches have."""
-    widest: Tensor | None = None
-    for found in mask.values() if isinstance(mask, dict) else [mask]:
-        flat = isinstance(found, Tensor) and found.ndim == 2
-        if flat and (widest is None or found.shape[1] > widest.shape[1]):
-            widest = found
-    return widest
 
 
 def argument_names(module: nn.Module) -> list[str]:
@@ -95,7 +75,7 @@ class Places:
         ) and not self.restarts
         self.moved: PerThread[Moved] = PerThread()  # by this forward, for the tables' hooks
         self.counted: PerThread[Counted] = PerThread()
-        self.begin: PerThread[Tensor] = PerThread()  # [1, 1]: the first place that a model gives
+        self.outer = Outer()
 
     def find(
         self,
@@ -120,20 +100,7 @@ class Places:
         mask = self._padding(kwargs, caller)
         if not self.causal or mask is None:
             return given
-        first = mask.to(given.device).int().argmax(dim=1, keepdim=True)  # [B, 1]
-        at_text = first.clamp(max=given.shape[1] - 1)
-        through = given.expand(len(first), -1).gather(1, at_text) - given[:, :1] == first
-        # Behind cached text, places that count padding are the cache's count and where texts begin.
-        begin = self.begin.get()
-        behind = given[:, :1] >= (cached if begin is None else cached + begin)
-        if isinstance(cached, int):
-            through = behind if cached else through
-        else:
-            through = torch.where(cached == 0, through, behind)
-        places = (given - torch.where(through, first, 0)).clamp(min=0)
-        if isinstance(cached, int) and cached == 0 and not torch.compiler.is_compiling():
-            self.begin.set(places.gather(1, at_text)[:1])
-        return places
+        return self.outer.without_padding(given, mask, cached)
 
     def counted_places(
         self,
@@ -168,26 +135,6 @@ class Places:
         if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
             mask = caller.mask
         return None if mask is None else mask != 0
-
-    def checked(self, given: Any, inputs: Tensor) -> Tensor | None:
-        """What a caller gave for ``position_ids``; one number a token is one row for all.
-
-        Raises:
-            TypeError, ValueError: it is no tensor, or not of this forward's tokens.
-        """
-        if given is None:
-            return None
-        if not isinstance(given, Tensor):
-            raise TypeError(f"position_ids must be a tensor, got a {type(given).__name__}")
-        rows, length = inputs.shape[:2]
-        places = given[None] if given.ndim == 1 else given
-        fits = places.ndim != 2 or (places.shape[0] in (1, rows) and places.shape[1] == length)
-        if not fits and self.takes_ids:
-            raise ValueError(
-                f"position_ids must be [{rows}, {length}] or [1, {length}], a place for each new "
-                f"token, got {tuple(given.shape)}"
-            )
-        return places
 
     def move(
         self,
