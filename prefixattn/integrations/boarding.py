@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
-from prefixattn.integrations.documents import (
-    LENGTHS,
-    Documents,
-    by_lengths,
-    by_places,
-    one_document,
-)
+from prefixattn.integrations.documents import tell_apart
 from prefixattn.integrations.entries import Entries, Rows
-from prefixattn.integrations.given import Caller, by_key, checked_places
+from prefixattn.integrations.given import Caller, by_key, cache_in, checked_places, row_of
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Places, argument_names
 from prefixattn.integrations.spread import AsAttached
@@ -29,7 +23,6 @@ from prefixattn.kept import forward, made_cache
 from prefixattn.layers import PrefixBatch
 
 BATCHING_WORDS = "generate() takes batches, `prefixattn vllm` serves prefixes; detach() first"
-CACHES = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 
 
 class Source(Protocol):
@@ -103,11 +96,13 @@ class Boarding:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
         kwargs["position_ids"] = checked_places(kwargs.get("position_ids"), inputs)
         caller = self.caller.get()
-        documents, unpadded = self._documents(kwargs, inputs, caller)
+        documents, unpadded = None, False
+        if self.places.causal and self.places.takes_ids and cache_in(kwargs) is None:
+            documents, unpadded = tell_apart(kwargs, inputs, caller, self.places.names)
         chosen = kwargs["position_ids"] is not None
         if not chosen:
             del kwargs["position_ids"]  # which not every stack takes
-        cache = _cache_in(kwargs)
+        cache = cache_in(kwargs)
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
         places = self.places.find(kwargs, inputs, cached, caller)
@@ -284,44 +279,6 @@ class Boarding:
             for module in self.checkpoints
         )
 
-    def _documents(
-        self, kwargs: dict[str, Any], inputs: Tensor, caller: Caller | None
-    ) -> tuple[Documents | None, bool]:
-        """The documents of packed rows, and whether this gave the stack a mask that hides nothing.
-
-        As in transformers, rows are packed where lengths or places say so, and there is neither a
-        mask nor a cache. Such a mask keeps transformers from cutting a text where its places jump,
-        and a compiler, which takes any places for those of packed rows, from a dense mask.
-        """
-        if not (self.places.causal and self.places.takes_ids) or _cache_in(kwargs) is not None:
-            return None, False
-        mask, bounds = kwargs.get("attention_mask"), kwargs.get(LENGTHS)
-        # A model around the stack makes dense masks of its own where its caller gave none.
-        made = caller is not None and not caller.masks and by_key(mask) is None
-        if mask is not None and not made:
-            return None, False
-        places, compiling = _row_of(kwargs["position_ids"]), torch.compiler.is_compiling()
-        documents, jumps = None, False
-        if bounds is not None and len(bounds) > 2 and len(inputs) == 1:
-            documents = by_lengths(bounds, inputs.shape[1])
-            if kwargs["position_ids"] is None:
-                kwargs["position_ids"] = documents.places
-        elif places is not None and not (compiling and kwargs.get("use_cache")):
-            documents, jumps = by_places(places)
-        if documents is not None and "use_cache" in self.places.names:
-            if kwargs.get("use_cache"):
-                raise ValueError(
-                    "packed rows (position_ids that start again, or cu_seq_lens_q) need "
-                    "use_cache=False; an attention_mask of ones says that a row is one text"
-                )
-            kwargs["use_cache"] = False
-        if places is not None and documents is None and jumps and mask is not None:
-            return one_document(places), False
-        whole = documents is None and (jumps or (compiling and kwargs["position_ids"] is None))
-        if whole and mask is None:
-            kwargs["attention_mask"] = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
-        return documents, whole and mask is None
-
     def _text(
         self,
         kwargs: dict[str, Any],
@@ -339,21 +296,11 @@ class Boarding:
         dense = (
             kwargs.get("attention_mask") is not None and by_key(kwargs["attention_mask"]) is None
         )
-        row = _row_of(places)
+        row = row_of(places)
         own = caller is None or (caller.masks and caller.mask is None)
         if row is not None and (not counts or (dense and own)):
             return row
         return self.places.counted_places(kwargs, inputs, cached, caller)
-
-
-def _row_of(places: Tensor | None) -> Tensor | None:
-    """``[B or 1, M]`` of places, where they have one number a token.
-
-    Families whose images have rows and columns have three, or four with the token's own first.
-    """
-    if places is not None and places.ndim == 3:
-        return places[0] if len(places) == 4 else None
-    return places
 
 
 def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
@@ -362,10 +309,6 @@ def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
             f"{type(stack).__name__} is asked for attention weights (`output_attentions`), which "
             "are never computed: detach() first"
         )
-
-
-def _cache_in(kwargs: dict[str, Any]) -> Any:
-    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 def _spans(cache: Any, slots: Sequence[Slot], length: int) -> tuple[list[Span], int | Tensor]:

@@ -1,9 +1,12 @@
 """Packed rows: which tokens are one document, told by places that begin again or by lengths."""
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from prefixattn.integrations.given import Caller, by_key, row_of
 
 LENGTHS = "cu_seq_lens_q"
 """transformers' keyword for where packed documents begin, and where the last one ends."""
@@ -32,6 +35,52 @@ class Documents(NamedTuple):
         if window is not None:
             near = near & (distance < window)
         return near & self.same()
+
+
+def tell_apart(
+    kwargs: dict[str, Any], inputs: Tensor, caller: Caller | None, names: Container[str]
+) -> tuple[Documents | None, bool]:
+    """The documents of packed rows, and whether this gave the stack a mask that hides nothing.
+
+    As in transformers, rows are packed where lengths or places say so, and there is neither a
+    mask nor a cache. Such a mask keeps transformers from cutting a text where its places jump,
+    and a compiler, which takes any places for those of packed rows, from a dense mask.
+
+    Args:
+        kwargs: of a causal stack's forward without a cache; what documents need is added to them.
+        inputs: ``[B, M]`` tokens, or ``[B, M, E]``.
+        caller: of a model around the stack.
+        names: what the stack's forward takes.
+
+    Raises:
+        ValueError: the rows are packed, and a cache is asked for; or lengths are not the row's.
+    """
+    mask, bounds = kwargs.get("attention_mask"), kwargs.get(LENGTHS)
+    # A model around the stack makes dense masks of its own where its caller gave none.
+    made = caller is not None and not caller.masks and by_key(mask) is None
+    if mask is not None and not made:
+        return None, False
+    places, compiling = row_of(kwargs["position_ids"]), torch.compiler.is_compiling()
+    documents, jumps = None, False
+    if bounds is not None and len(bounds) > 2 and len(inputs) == 1:
+        documents = by_lengths(bounds, inputs.shape[1])
+        if kwargs["position_ids"] is None:
+            kwargs["position_ids"] = documents.places
+    elif places is not None and not (compiling and kwargs.get("use_cache")):
+        documents, jumps = by_places(places)
+    if documents is not None and "use_cache" in names:
+        if kwargs.get("use_cache"):
+            raise ValueError(
+                "packed rows (position_ids that start again, or cu_seq_lens_q) need "
+                "use_cache=False; an attention_mask of ones says that a row is one text"
+            )
+        kwargs["use_cache"] = False
+    if places is not None and documents is None and jumps and mask is not None:
+        return one_document(places), False
+    whole = documents is None and (jumps or (compiling and kwargs["position_ids"] is None))
+    if whole and mask is None:
+        kwargs["attention_mask"] = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
+    return documents, whole and mask is None
 
 
 def by_places(places: Tensor) -> tuple[Documents | None, bool]:

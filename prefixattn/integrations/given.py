@@ -7,6 +7,8 @@ from torch import Tensor
 
 from prefixattn.integrations.per_thread import PerThread
 
+CACHES = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
+
 
 class Caller(NamedTuple):
     """What the caller of a model said of padding and places: a mask ``[B, N]``, if there is one.
@@ -27,6 +29,21 @@ def by_key(mask: Any) -> Tensor | None:
         if flat and (widest is None or found.shape[1] > widest.shape[1]):
             widest = found
     return widest
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The cache that a forward is given, if there is one."""
+    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+
+
+def row_of(places: Tensor | None) -> Tensor | None:
+    """``[B or 1, M]`` of places, where they have one number a token.
+
+    Families whose images have rows and columns have three, or four with the token's own first.
+    """
+    if places is not None and places.ndim == 3:
+        return places[0] if len(places) == 4 else None
+    return places
 
 
 def checked_places(given: Any, inputs: Tensor) -> Tensor | None:
