@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from prefixattn.integrations.carrier import KEYWORD, SLOT, Carrier, Entry, Options, Slot, Span
+from prefixattn.integrations.documents import tell_apart
 from prefixattn.integrations.entries import Entries, Rows
+from prefixattn.integrations.given import Caller, by_key, cache_in, checked_places, row_of
 from prefixattn.integrations.implementation import Naming
 from prefixattn.integrations.outline import DETACH, Hooks
 from prefixattn.integrations.per_thread import PerThread
-from prefixattn.integrations.places import Caller, Places, argument_names, by_key
+from prefixattn.integrations.places import Places, argument_names
 from prefixattn.integrations.spread import AsAttached
 from prefixattn.integrations.survey import takes_keywords
 from prefixattn.integrations.transformers import NAME, register
@@ -23,8 +25,6 @@ from prefixattn.kept import forward, made_cache
 from prefixattn.layers import PrefixBatch
 
 BATCHING_WORDS = "generate() takes batches, `prefixattn vllm` serves prefixes; detach() first"
-CACHES = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
-MASK_OR_PLACES = ("attention_mask", "position_ids", *CACHES)
 
 
 class Source(Protocol):
@@ -102,27 +102,26 @@ class Boarding:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
-        cache = _cache_in(kwargs)
+        kwargs["position_ids"] = checked_places(kwargs.get("position_ids"), inputs)
+        caller = self.caller.get()
+        documents, unpadded = None, False
+        if self.places.causal and self.places.takes_ids and cache_in(kwargs) is None:
+            documents, unpadded = tell_apart(kwargs, inputs, caller, self.places.names)
+        chosen = kwargs["position_ids"] is not None
+        if not chosen:
+            del kwargs["position_ids"]  # which not every stack takes
+        cache = cache_in(kwargs)
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
-        caller = self.caller.get()
         places = self.places.find(kwargs, inputs, cached, caller)
-        # While compiling, transformers takes every mask-free batch with positions for packed
-        # documents, and builds a dense mask. A mask that hides nothing prevents it.
-        unpadded = (
-            torch.compiler.is_compiling()
-            and self.places.causal
-            and self.places.takes_ids
-            and all(kwargs.get(name) is None for name in MASK_OR_PLACES)
-        )
-        if unpadded:
-            kwargs["attention_mask"] = inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
-        packed = self._keep_documents_apart(kwargs)
-        text = places[0] if places.ndim == 3 else places
+        text = self._text(kwargs, inputs, cached, places, caller)
+        if documents is not None:
+            text = documents.places
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else forward(_continues(cached, inputs), cache):
             batches = self._batches(stack, kwargs)
-            entries = self._board(stack, kwargs, batches, (places, text, cached), inputs)
+            where = (places, text, cached, chosen)
+            entries = self._board(stack, kwargs, batches, where, inputs)
         mask = by_key(kwargs.get("attention_mask"))
         mask = caller.mask if mask is None and caller is not None else mask
         carrier = Carrier(
@@ -133,7 +132,7 @@ class Boarding:
             self.options,
             mask,
             unpadded=unpadded,
-            packed=packed,
+            documents=documents,
         )
         self.current.set(carrier)
         if self.takes_keywords:
@@ -143,7 +142,6 @@ class Boarding:
     def leave(self, stack: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         """After the stack's forward: nothing of it is kept."""
         self.current.set(None)
-        self.caller.set(None)
         self.places.forget()
         made = getattr(output, "past_key_values", None)
         if isinstance(made, Cache) and not torch.compiler.is_compiling():
@@ -159,7 +157,11 @@ class Boarding:
         # What an encoder-decoder is told of its decoder's text has names of its own.
         text = "decoder_" if model.config.is_encoder_decoder and self.places.causal else ""
         mask, places = kwargs.get(f"{text}attention_mask"), kwargs.get(f"{text}position_ids")
-        self.caller.set(Caller(by_key(mask), places is not None))
+        self.caller.set(Caller(by_key(mask), mask is not None, places is not None))
+
+    def forget_caller(self, model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
+        """After a model around the stack ran, which may have run the stack several times."""
+        self.caller.set(None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is unpickled in a new process finds its attention function there."""
@@ -208,11 +210,11 @@ class Boarding:
         stack: PreTrainedModel,
         kwargs: dict[str, Any],
         batches: Sequence[PrefixBatch | None],
-        where: tuple[Tensor, Tensor, int | Tensor],
+        where: tuple[Tensor, Tensor, int | Tensor, bool],
         inputs: Tensor,
     ) -> list[Entry | None]:
         """Each slot's entry; the text is moved behind the prefix that stands before it."""
-        places, text, cached = where
+        places, text, cached, chosen = where
         self.places.forget()
         found: list[Entry | None] = []
         for place, (group, batch) in enumerate(zip(self.groups, batches, strict=True)):
@@ -227,7 +229,8 @@ class Boarding:
                 found += own
                 continue
             shifts = self.options.positions == "shift"
-            self.places.check(text, rows.most if shifts else 0, cached, inputs.shape[1])
+            before = rows.most if shifts else 0
+            self.places.check(places, before, cached, inputs.shape[1], chosen=chosen)
             # Where the text stays, it begins at place 0 still, and not at its padding's end.
             self.places.move(kwargs, places, rows.shift if shifts else 0, cached)
             found += self._biased(group, own, text, rows)
@@ -286,27 +289,28 @@ class Boarding:
             for module in self.checkpoints
         )
 
-    def _keep_documents_apart(self, kwargs: dict[str, Any]) -> bool:
-        """Whether rows are packed: told by their positions, which transformers reads with no cache.
+    def _text(
+        self,
+        kwargs: dict[str, Any],
+        inputs: Tensor,
+        cached: int | Tensor,
+        places: Tensor,
+        caller: Caller | None,
+    ) -> Tensor:
+        """``[B or 1, M]``: how many tokens of its text stand before each, as windows count them.
 
-        A compiler must not look at them, and takes all that could be packed for packed.
+        The places that keys are turned by may be any; where a caller's mask is dense, they alone
+        say where padding ends.
         """
-        given = kwargs.get("position_ids")
-        if given is None or given.ndim != 2:
-            return False
-        if kwargs.get("attention_mask") is not None or _cache_in(kwargs) is not None:
-            return False
-        caches = "use_cache" in self.places.names
-        if torch.compiler.is_compiling():
-            if caches and kwargs.get("use_cache") is None:
-                kwargs["use_cache"] = False
-            return True
-        packed = bool((given.diff(dim=-1) != 1).any())
-        if packed and caches:
-            if kwargs.get("use_cache"):
-                raise ValueError("position_ids that start again (packed rows) need use_cache=False")
-            kwargs["use_cache"] = False
-        return packed
+        counts = any(s.window is not None or s.chunk is not None for s in self.slots)
+        dense = (
+            kwargs.get("attention_mask") is not None and by_key(kwargs["attention_mask"]) is None
+        )
+        row = row_of(places)
+        own = caller is None or (caller.masks and caller.mask is None)
+        if row is not None and (not counts or (dense and own)):
+            return row
+        return self.places.counted_places(kwargs, inputs, cached, caller)
 
 
 def _refuse(model: PreTrainedModel, why: str | None) -> None:
@@ -320,10 +324,6 @@ def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:
             f"{type(stack).__name__} is asked for attention weights (`output_attentions`), which "
             "are never computed: detach() first"
         )
-
-
-def _cache_in(kwargs: dict[str, Any]) -> Any:
-    return next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
 
 
 def _spans(cache: Any, slots: Sequence[Slot], length: int) -> tuple[list[Span], int | Tensor]:

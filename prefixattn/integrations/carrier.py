@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prefixattn.api import Repeated
 from prefixattn.choose import choose
+from prefixattn.integrations.documents import Documents
 
 KEYWORD = "prefix_attention"
 """The keyword a `Carrier` travels under."""
@@ -100,15 +101,15 @@ class Carrier:
         mask: Tensor | None,
         *,
         unpadded: bool,
-        packed: bool,
+        documents: Documents | None,
     ) -> None:
         self.entries = entries  # per slot; None: no prefix now
         self.spans = spans  # per slot
         self.slots = slots
-        self.positions = positions  # [B or 1, M] of the text, unshifted
+        self.positions = positions  # [B or 1, M]: text tokens before each, as windows count
         self.options = options
         self.mask = mask  # [B, N] of all the text, as the caller gave it
         self.unpadded = unpadded  # a mask [B, N] hides nothing
-        self.packed = packed  # rows hold documents, whose positions begin again
+        self.documents = documents  # of packed rows
         self.attend = Repeated()
         self.kept: dict[object, tuple[Tensor, object]] = {}  # what layers that see alike share

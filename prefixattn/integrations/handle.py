@@ -292,6 +292,7 @@ def _install_stack(
         note = boarding.note_caller
         outer = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         undo.callback(outer.remove)
+        undo.callback(model.register_forward_hook(boarding.forget_caller, always_call=True).remove)
     undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
     undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
     _install_relays(every, boarding, undo)

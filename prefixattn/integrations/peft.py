@@ -26,6 +26,9 @@ BASE = "__base__"
 
 SOURCE = "prefixattn_source"
 
+BASE_PREPARES = "base_model_prepare_inputs_for_generation"
+"""Where a PeftModel that generates keeps this method of its base model's."""
+
 
 def is_prompt_learning(model: nn.Module) -> bool:
     """Whether this PeftModel's active adapter is one that adds virtual tokens."""
@@ -303,6 +306,7 @@ def _has_prefix(model: PeftModel) -> bool:
 def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
     """The members of a PeftModel's subclass whose forward and generation bring no prefix."""
     base: Any = old
+    kind = old.__name__
     signature = inspect.signature(base.forward)
 
     @functools.wraps(base.forward)
@@ -315,17 +319,22 @@ def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
         names = given.pop("adapter_names", None)
         for name in (*self.special_peft_forward_args, "task_ids"):
             if given.pop(name, None) is not None:
-                raise NotImplementedError(f"{name} is not supported by an attached {old.__name__}")
-        if hasattr(self, "base_model_prepare_inputs_for_generation"):
+                raise NotImplementedError(f"{name} is not supported by an attached {kind}")
+        if hasattr(self, BASE_PREPARES):
             _drop_token_types(given)
         inputs = given.get("input_ids"), given.get("inputs_embeds")
         with getattr(self, SOURCE).rows(names, *inputs):
             return self.base_model(**{name: v for name, v in given.items() if v is not None})
 
     def generate(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-        with getattr(self, SOURCE).rows(adapter_names, *args[:1], *named):
-            return base.generate(self, *args, **kwargs)
+        with getattr(self, SOURCE).rows(adapter_names, *_inputs_of(args, kwargs)):
+            if not _has_prefix(self) or not hasattr(self, BASE_PREPARES):
+                return base.generate(self, *args, **kwargs)
+            for name in (*self.special_peft_forward_args, "task_ids"):
+                if kwargs.pop(name, None) is not None:
+                    raise NotImplementedError(f"{name} is not supported by an attached {kind}")
+            with _generates_for(self):
+                return self.base_model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not _has_prefix(self):
@@ -349,6 +358,36 @@ def _leaves_the_prefix_to_the_attention(old: type) -> dict[str, Any]:
     if hasattr(old, "prepare_inputs_for_generation"):
         members["prepare_inputs_for_generation"] = prepare_inputs_for_generation
     return members
+
+
+def _inputs_of(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """What a call of ``generate`` has a row for each text in, whichever of its forms it has."""
+    encoded = kwargs.get("encoder_outputs")
+    named = ("inputs", "input_ids", "inputs_embeds", "decoder_input_ids")
+    encoded = encoded if encoded is None or isinstance(encoded, Tensor) else encoded[0]
+    return [*args[:1], *map(kwargs.get, named), encoded]
+
+
+@contextmanager
+def _generates_for(model: Any) -> Iterator[None]:
+    """Within it the base model generates with the PeftModel's settings and by its method.
+
+    PEFT does the same, and hides which inputs the base model takes: ``generate`` reads them off
+    the method's signature. PEFT also wants keywords, and a text for an encoder-decoder.
+    """
+    base, own = model.base_model, getattr(model, BASE_PREPARES)
+    before, prepare = base.generation_config, model.prepare_inputs_for_generation
+
+    @functools.wraps(own)
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        return prepare(*args, **kwargs)
+
+    base.prepare_inputs_for_generation = prepare_inputs
+    base.generation_config = model.generation_config
+    try:
+        yield
+    finally:
+        base.prepare_inputs_for_generation, base.generation_config = own, before
 
 
 def _drop_token_types(inputs: dict[str, Any]) -> None:

@@ -11,18 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixattn.integrations.adapters import is_free_of_positions
+from prefixattn.integrations.given import Caller, Outer, by_key
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.refusal import refusal
 
 # What a table's forward calls the tokens in the cache: from transformers 5.24 on, and before.
 COUNTERS = ("cache_length", "past_key_values_length")
-
-
-class Caller(NamedTuple):
-    """What the caller of a model said of padding and places: a mask ``[B, N]``, if there is one."""
-
-    mask: Tensor | None
-    places: bool
 
 
 class Moved(NamedTuple):
@@ -37,16 +31,6 @@ class Counted(NamedTuple):
 
     counter: Tensor
     tokens: int
-
-
-def by_key(mask: Any) -> Tensor | None:
-    """The mask ``[B, N]``, or the widest of those by kind of layer, which static caches have."""
-    widest: Tensor | None = None
-    for found in mask.values() if isinstance(mask, dict) else [mask]:
-        flat = isinstance(found, Tensor) and found.ndim == 2
-        if flat and (widest is None or found.shape[1] > widest.shape[1]):
-            widest = found
-    return widest
 
 
 def argument_names(module: nn.Module) -> list[str]:
@@ -91,6 +75,7 @@ class Places:
         ) and not self.restarts
         self.moved: PerThread[Moved] = PerThread()  # by this forward, for the tables' hooks
         self.counted: PerThread[Counted] = PerThread()
+        self.outer = Outer()
 
     def find(
         self,
@@ -101,23 +86,36 @@ class Places:
     ) -> Tensor:
         """``[B or 1, M]`` (or what the caller gave): the places of this forward's text.
 
-        ``caller`` is what a model around the stack was told, which may hand on masks and places of
-        its own making: those that are the same for all rows pass over the padding.
+        ``caller`` is what a model around the stack was told. Places of that model's own making are
+        kept like the caller's; only where they count the padding before a text, like stock models
+        that are given no places, the text begins where it does without padding.
         """
         given = kwargs.get("position_ids")
-        own = caller is not None and not caller.places and given is not None
-        if given is not None and not (own and given.ndim == 2 and given.shape[0] == 1):
+        if given is None:
+            if self.numbering is not None:
+                return self.numbering(kwargs, cached)
+            return self.counted_places(kwargs, inputs, cached, caller)
+        if caller is None or caller.places or given.ndim != 2 or given.shape[0] != 1:
             return given
-        if self.numbering is not None:
-            return self.numbering(kwargs, cached)
+        mask = self._padding(kwargs, caller)
+        if not self.causal or mask is None:
+            return given
+        return self.outer.without_padding(given, mask, cached)
+
+    def counted_places(
+        self,
+        kwargs: dict[str, Any],
+        inputs: Tensor,
+        cached: int | Tensor,
+        caller: Caller | None = None,
+    ) -> Tensor:
+        """``[B or 1, M]``: how many text tokens stand before each; padding is left out."""
         length = inputs.shape[1]
         if isinstance(cached, int):
             places = torch.arange(cached, cached + length, device=inputs.device)
         else:
             places = torch.arange(length, device=inputs.device) + cached
-        mask = by_key(kwargs.get("attention_mask"))
-        if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
-            mask = caller.mask
+        mask = self._padding(kwargs, caller)
         if not self.causal or mask is None:
             return places[None]
         if isinstance(cached, int) and mask.shape[1] < cached + length:
@@ -125,11 +123,18 @@ class Places:
                 f"attention_mask must cover the {cached} cached and {length} new tokens, "
                 f"got {tuple(mask.shape)}"
             )
-        mask = mask.to(inputs.device) != 0
+        mask = mask.to(inputs.device)
         if self.counts_mask:
             return (mask.long().cumsum(dim=1) - 1).index_select(1, places).clamp(min=0)
         # Left padding must not come between prefix and text; what is masked later keeps its place.
         return (places - mask.int().argmax(dim=1, keepdim=True)).clamp(min=0)
+
+    def _padding(self, kwargs: dict[str, Any], caller: Caller | None) -> Tensor | None:
+        """``[B, N]`` bool: the mask of this forward, or what its caller gave."""
+        mask = by_key(kwargs.get("attention_mask"))
+        if mask is None and kwargs.get("attention_mask") is not None and caller is not None:
+            mask = caller.mask
+        return None if mask is None else mask != 0
 
     def move(
         self,
@@ -209,7 +214,9 @@ class Places:
         bias: Tensor = owner.relative_attention_bias(bucket)  # [B, M, P, H]
         return bias.permute(0, 3, 1, 2)
 
-    def check(self, places: Tensor, before: int, cached: int | Tensor, length: int) -> None:
+    def check(
+        self, places: Tensor, before: int, cached: int | Tensor, length: int, *, chosen: bool
+    ) -> None:
         """Hold the last place of a forward against what the model knows.
 
         Args:
@@ -217,6 +224,7 @@ class Places:
             before: prefix tokens that the text is moved behind.
             cached: tokens in the cache.
             length: tokens of this forward.
+            chosen: the caller gave the places, which the number of tokens says nothing of.
 
         Raises:
             ValueError: moved text would run off a learned table, or over the length at which the
@@ -230,7 +238,10 @@ class Places:
             return
         first = 0 if self.numbering is None else self.numbering.first
         room = min(limits) - first - before - length
-        if (self._count(cached, length, room) if isinstance(cached, Tensor) else cached) <= room:
+        within = (
+            self._count(cached, length, room) if isinstance(cached, Tensor) else cached
+        ) <= room
+        if within and not (chosen and self._may_look(places, length)):
             return
         last = int(places.max()) + before
         if before and self.table is not None and last >= self.table:
@@ -250,6 +261,13 @@ class Places:
                 stacklevel=2,
             )
             self.longest = None  # said once
+
+    def _may_look(self, places: Tensor, length: int) -> bool:
+        """Whether to read places costs little: not where each token would wait for a device."""
+        if torch.compiler.is_compiling():
+            return False
+        bounded = self.table is not None or self.border is not None
+        return length > 1 or (bounded and places.device.type == "cpu")
 
     def _count(self, counter: Tensor, length: int, room: int) -> int:
         """What a static cache's counter stands at, or more where that is still within ``room``.

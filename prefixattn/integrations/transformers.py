@@ -17,7 +17,7 @@ from prefixattn.api import prefix_attention
 from prefixattn.integrations.carrier import CAUSAL, KEYWORD, SLOT, Carrier, Entry, Span
 from prefixattn.integrations.implementation import NAMING, View
 from prefixattn.integrations.relay import RELAYED
-from prefixattn.integrations.visibility import Seat, by_mask, by_place, places_of
+from prefixattn.integrations.visibility import Seat, by_document, by_mask, by_place, places_of
 
 NAME = "prefixattn"
 
@@ -75,8 +75,12 @@ def attention_forward(
         if not seat.slot.crosses:
             _check_length(module, key, seat.span)
 
+    documents = None if seat is None else seat.documents
     if attention_mask is not None and attention_mask.ndim == 4:
         arguments = by_mask(query, attention_mask, seat, causal)
+    elif seat is not None and documents is not None and documents.by_lengths:
+        dense = by_document(query, None, seat, documents)
+        arguments = by_mask(query, dense, seat, causal)
     else:
         segments = kwargs.get("cu_seq_lens_q")
         if segments is not None and len(segments) > 2:  # one document needs no keeping apart

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prefixattn.integrations.carrier import Carrier, Entry, Slot, Span
+from prefixattn.integrations.documents import Documents
 
 
 class Seat(NamedTuple):
@@ -20,18 +21,24 @@ class Seat(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether there is one prefix for all rows, and nothing but causality hides a key."""
-        entry, slot = self.entry, self.slot
+        entry, slot, documents = self.entry, self.slot, self.carrier.documents
         return (
             entry is not None
             and entry.index is entry.lengths is entry.gate is entry.bias is None
             and slot.window is slot.chunk is self.span.query_offset is None
             and not slot.crosses
+            and (documents is None or not documents.by_lengths)
         )
 
     @property
     def counts_as_text(self) -> bool:
         """Whether windows and chunks treat the prefix as text before the text."""
         return self.carrier.options.prefix_in_window == "positions"
+
+    @property
+    def documents(self) -> Documents | None:
+        """Those of the text, which a layer that sees other keys has nothing to do with."""
+        return None if self.slot.crosses else self.carrier.documents
 
     def once(self, name: str, like: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives, made once per forward for all layers that see alike."""
@@ -75,10 +82,12 @@ def by_place(
 
 def by_mask(query: Tensor, mask: Tensor, seat: Seat | None, causal: bool) -> dict[str, Any]:
     """Arguments where a mask ``[B, 1, M, N]`` rules the sequence half."""
+    if seat is not None and (documents := seat.documents) is not None and documents.apart:
+        mask = by_document(query, mask, seat, documents)
     arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": False}
     if seat is None:
         return arguments
-    if seat.slot.chunk is not None and seat.carrier.packed:
+    if seat.slot.chunk is not None and seat.documents is not None:
         # The mask cuts chunks where the moved text does, and here they may begin elsewhere.
         return _in_chunks(query, mask.shape[-1], None, seat)
     if seat.entry is None or not seat.counts_as_text:
@@ -99,6 +108,24 @@ def by_mask(query: Tensor, mask: Tensor, seat: Seat | None, causal: bool) -> dic
 
         arguments["prefix_bias"] = seat.once("window", None, bias)
     return arguments
+
+
+def by_document(query: Tensor, mask: Tensor | None, seat: Seat, documents: Documents) -> Tensor:
+    """``[B or 1, 1, M, M]``: what is seen in packed rows, beside what ``mask`` shows of images.
+
+    transformers' own mask may cut a text where its places jump; what else it shows is kept. A mask
+    of numbers is of a model with a bias by position, which makes it without a look at places.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        return mask
+
+    def seen() -> Tensor:
+        own = documents.seen(seat.slot.window).to(query.device)
+        if mask is None:
+            return own
+        return (mask | own) & documents.same().to(query.device)
+
+    return seat.once("documents", mask, seen)
 
 
 def places_of(entry: Entry, device: torch.device) -> Tensor:
@@ -143,10 +170,9 @@ def _in_chunks(query: Tensor, num_keys: int, mask: Tensor | None, seat: Seat) ->
     def seen() -> Tensor:
         text = carrier.positions.to(query.device)[:, None, :, None]  # [B or 1, 1, M, 1]
         shown = None if mask is None else mask[:, None, None, :]
-        if carrier.packed:
+        if carrier.documents is not None:
             place = text.mT
-            document = (text.diff(dim=2, prepend=text[:, :, :1]) != 1).cumsum(2)
-            shown = document == document.mT
+            shown = carrier.documents.same().to(query.device)
         else:
             offset = seat.span.query_offset
             last = (num_keys - length if offset is None else offset) + length - 1

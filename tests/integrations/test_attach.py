@@ -161,8 +161,14 @@ def test_packed_documents(case: Callable[..., Any], attach: Any, name: str) -> N
     )
     with pytest.raises(ValueError, match="use_cache=False"):
         given.model(both, position_ids=places, use_cache=True)
+    bounds = torch.tensor([0, 11, 18])
+    told = given.model(both, cu_seq_lens_q=bounds).logits
+    given.assert_close(told[:, : one.shape[1]], given.logits[:1])
+    given.assert_close(told[:, one.shape[1] :], given.logits[1:, :7])
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q"):
-        given.model(both, cu_seq_lens_q=torch.tensor([0, 11, 18]))
+        given.model(both, cu_seq_lens_q=bounds, attention_mask=torch.ones_like(both))
+    with pytest.raises(ValueError, match=r"end with the row's 18 tokens, got \[0, 11, 17\]"):
+        given.model(both, cu_seq_lens_q=torch.tensor([0, 11, 17]))
 
 
 @torch.no_grad()

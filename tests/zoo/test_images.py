@@ -73,3 +73,28 @@ def test_an_image_stands_behind_the_prefix_as_behind_its_text(name: str) -> None
     assert (plain - logits).abs().max() > 1e-2 * logits.abs().max()
     assert (found - logits).abs().max() < 1e-10 * logits.abs().max()
     assert torch.equal(same, made)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llava"])
+def test_places_of_rows_and_columns_are_kept(name: str) -> None:
+    """Three numbers a token, or four with the token's own first; the caller's jump in places."""
+    transformers.logging.set_verbosity_error()
+    model = build(Family(name, "multimodal"), **SPECIAL)
+    torch.manual_seed(0)
+    text, ids = torch.randint(2, 60, (1, PREFIX)), torch.randint(2, 60, (2, LENGTH))
+    token = torch.arange(LENGTH)
+    own = token + 16 * (token >= 4)
+    three = torch.stack([own, own + token % 3, own + token % 2])[:, None]  # [3, 1, M]
+    joined = torch.cat([text.expand(2, -1), ids], dim=1)
+    before = torch.arange(PREFIX).expand(3, 1, -1)
+    places = torch.cat([before, three + PREFIX], dim=2).expand(-1, 2, -1)
+    whole = {"attention_mask": torch.ones_like(joined), "position_ids": places}
+    logits = model(input_ids=joined, **whole).logits[:, PREFIX:]
+    attach(model, Prefix.from_text(model, text))
+    rows = three.expand(-1, 2, -1)
+    for given in (three, rows, torch.cat([rows[:1], rows])):
+        for way in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(ids)}):
+            found = model(input_ids=ids, position_ids=given, **way).logits
+            assert (found - logits).abs().max() < 1e-6 * logits.abs().max()
