@@ -81,6 +81,7 @@ class Boarding:
         self.trains = any(p.requires_grad for p in self._parameters())  # when it was last seen
         self.as_attached = AsAttached(self._parameters())
         # Of the forward that runs now: for a relay, and where a model is around the stack.
+        self.closed = False  # once it is detached
         self.current: PerThread[Carrier] = PerThread()
         self.caller: PerThread[Caller] = PerThread()
 
@@ -149,6 +150,14 @@ class Boarding:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
         mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
         self.caller.set(Caller(by_key(mask), places is not None))
+
+    def forget_caller(self) -> None:
+        """After a model around the stack ran, and whether or not the stack did."""
+        self.caller.set(None)
+
+    def close(self) -> None:
+        """It is detached."""
+        self.closed = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is unpickled in a new process finds its attention function there."""

@@ -32,10 +32,28 @@ def derive(module: nn.Module, members: Members) -> Callable[[], None]:
     return partial(_give_back, module, old, members)  # the new class cannot be pickled by its name
 
 
+def is_hidden(module: nn.Module, members: Members) -> bool:
+    """Whether `derive` would refuse: the object has a method of its own in the place of one."""
+    old = type(module)
+    return _hidden(module, old, _derived(old, members)) is not None
+
+
 def _give_back(module: nn.Module, old: type, members: Members) -> None:
     derived = _derived(old, members)
     _rebind(module, derived, old, _methods(derived))
-    module.__class__ = old
+    module.__class__ = _without(type(module), derived, old)
+
+
+def _without(now: type, derived: type, old: type) -> type:
+    """The class ``now``, with ``old`` in the place of ``derived``.
+
+    FSDP2 gives a module a subclass of the class that it finds, and goes by it.
+    """
+    if now is derived or derived not in now.__mro__:
+        return old
+    bases = tuple(_without(b, derived, old) if issubclass(b, derived) else b for b in now.__bases__)
+    own = {k: v for k, v in vars(now).items() if k not in ("__dict__", "__weakref__")}
+    return type(now)(now.__name__, bases, own)
 
 
 def _methods(derived: type) -> list[str]:
@@ -57,6 +75,16 @@ def _rebind(module: nn.Module, old: type, new: type, names: list[str]) -> None:
 
 def _check_not_hidden(module: nn.Module, old: type, new: type) -> None:
     """Refuse a method that lies on the object and would run in the place of the new class's."""
+    if (name := _hidden(module, old, new)) is not None:
+        raise RuntimeError(
+            f"{old.__name__}.{name} was replaced on the object, and would not bring the "
+            "prefix: attach first, or, where accelerate did it for mixed precision, call "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
+        )
+
+
+def _hidden(module: nn.Module, old: type, new: type) -> str | None:
+    """The first method of the new class that one on the object would run in the place of."""
     for name in _methods(new):
         # With hooks of accelerate, `forward` lies there and calls `_old_forward`.
         held = vars(module).get(f"_old_{name}", vars(module).get(name))
@@ -64,11 +92,8 @@ def _check_not_hidden(module: nn.Module, old: type, new: type) -> None:
         if held is None or function is getattr(old, name):
             continue
         if not _wraps(function, getattr(new, name)):
-            raise RuntimeError(
-                f"{old.__name__}.{name} was replaced on the object, and would not bring the "
-                "prefix: attach first, or, where accelerate did it for mixed precision, call "
-                "accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
-            )
+            return name
+    return None
 
 
 def _wraps(function: Any, wanted: Any) -> bool:
@@ -83,6 +108,7 @@ def _derived(old: type, members: Members) -> type:
     if (old, members) not in _classes:
         body = members(old) | {
             "__module__": old.__module__,
+            "__qualname__": old.__qualname__,  # transformers looks up by it what can be recorded
             "__reduce_ex__": lambda self, protocol: (_empty, (old, members), self.__getstate__()),
         }
         _classes[old, members] = type(old.__name__, (old,), body)

@@ -13,6 +13,7 @@ from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.integrations.adapters import adapt
 from prefixattn.integrations.boarding import BATCHING_WORDS, Boarding, Group, Source
 from prefixattn.integrations.carrier import CAUSAL, SLOT, Options, Slot
+from prefixattn.integrations.direct import board_directly, note_directly
 from prefixattn.integrations.implementation import set_implementation
 from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.relay import relay
@@ -26,6 +27,7 @@ from prefixattn.integrations.survey import (
 )
 from prefixattn.integrations.tensor_parallel import OwnHeads
 from prefixattn.integrations.transformers import NAME, register
+from prefixattn.integrations.uncompiled import compiled_alone, unwrapped
 from prefixattn.integrations.undo import Undo
 from prefixattn.layers import LayerShape, Positions, PrefixBatch, PrefixSource
 
@@ -122,6 +124,7 @@ class Submodule:
 
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
     """See `prefixattn.attach`."""
+    model = unwrapped(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         from prefixattn.integrations.peft import attach_peft, is_prompt_learning
 
@@ -267,6 +270,9 @@ def _install_stack(
         note = boarding.note_caller
         outer = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         undo.callback(outer.remove)
+        note_directly(model, boarding, undo)
+    undo.callback(boarding.close)
+    board_directly(stack, boarding, undo)
     undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
     undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
     for table in boarding.places.tables:
@@ -278,17 +284,26 @@ def _install_stack(
     embeddings = input_embeddings(stack)
     if embeddings is not None:
         undo.callback(embeddings.register_forward_hook(boarding.embedding_hook).remove)
-    _install_relays(every, boarding, undo)
+    _install_relays(model, every, boarding, undo)
 
 
-def _install_relays(sites: list[Site], boarding: Boarding, undo: Undo) -> None:
+def _install_relays(
+    model: PreTrainedModel, sites: list[Site], boarding: Boarding, undo: Undo
+) -> None:
     deaf: dict[nn.Module, list[Site]] = {}
     for site in sites:
         if not site.carries and site.layer is not None:
             deaf.setdefault(site.layer, []).append(site)
     for layer, members in deaf.items():
         sender = None if members[0].informed else boarding
-        relay(layer, [site.module for site in members], sender, undo)
+        modules = [site.module for site in members]
+        if compiled_alone(model, layer if sender else None, modules):
+            raise refusal(
+                model,
+                f"{members[0].name} has its prefix from outside of what torch.compile was given, "
+                "which cannot see it: call compile() of the layers, or compile the whole model",
+            )
+        relay(layer, modules, sender, undo)
 
 
 def _slot(site: Site) -> Slot:

@@ -21,6 +21,7 @@ from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.spread import is_sharded
 from prefixattn.integrations.tensor_parallel import whole_sites
 from prefixattn.integrations.transformers import attention_forward
+from prefixattn.integrations.uncompiled import uncompiled, unwrapped
 from prefixattn.layers import LayerShape
 
 SURVEY_NAME = "prefixattn-survey"
@@ -107,7 +108,7 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     ids = torch.tensor([[0, 1]]) if input_ids is None else input_ids
     inputs, lengths = _inputs(model, ids.to(device), part)
     recording = _Recording(
-        names={module: name for name, module in model.named_modules()},
+        names={m: name.replace("_orig_mod.", "") for name, m in model.named_modules()},
         lengths=lengths,
         chunk=getattr(model.config.get_text_config(), "attention_chunk_size", None),
     )
@@ -115,7 +116,7 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     AttentionMaskInterface.register(SURVEY_NAME, _record_mask)
     training = [module for module in model.modules() if module.training]
     token = _recording.set(recording)
-    with ExitStack() as undo:
+    with uncompiled(), ExitStack() as undo:
         undo.callback(_restore_training, model, training)
         undo.callback(_recording.reset, token)
         adapt(model, undo)
@@ -208,11 +209,11 @@ def takes_keywords(module: nn.Module) -> bool:
 
 def check_model(model: Any) -> PreTrainedModel:
     """The transformers model to work on, or the reason why there is none, before anything runs."""
+    model = unwrapped(model)
     if hasattr(model, "get_base_model"):  # a PeftModel around it
-        model = model.get_base_model()
+        model = unwrapped(model.get_base_model())
     if not isinstance(model, PreTrainedModel):
-        # torch.compile's, DataParallel's and its kin
-        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        inner = getattr(model, "module", None)  # DataParallel's and its kin
         around = "" if inner is None else f" around a {type(inner).__name__}: give it that"
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}{around}"
