@@ -148,10 +148,12 @@ class Boarding:
         """Before a model around the stack runs: what its caller says of padding and places."""
         if args:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
-        mask, places = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        # What an encoder-decoder is told of its decoder's text has names of its own.
+        text = "decoder_" if model.config.is_encoder_decoder and self.places.causal else ""
+        mask, places = kwargs.get(f"{text}attention_mask"), kwargs.get(f"{text}position_ids")
         self.caller.set(Caller(by_key(mask), places is not None))
 
-    def forget_caller(self) -> None:
+    def forget_caller(self, model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
         """After a model around the stack ran, and whether or not the stack did."""
         self.caller.set(None)
 

@@ -44,16 +44,15 @@ def _give_back(module: nn.Module, old: type, members: Members) -> None:
     module.__class__ = _without(type(module), derived, old)
 
 
-def _without(now: type, derived: type, old: type) -> type:
-    """The class ``now``, with ``old`` in the place of ``derived``.
-
-    FSDP2 gives a module a subclass of the class that it finds, and goes by it.
-    """
-    if now is derived or derived not in now.__mro__:
+def _without(kind: type, derived: type, old: type) -> Any:
+    """``kind`` as if ``derived`` had never been: FSDP makes classes of those that it finds."""
+    if kind is derived:
         return old
-    bases = tuple(_without(b, derived, old) if issubclass(b, derived) else b for b in now.__bases__)
-    own = {k: v for k, v in vars(now).items() if k not in ("__dict__", "__weakref__")}
-    return type(now)(now.__name__, bases, own)
+    if derived not in kind.__mro__:
+        return kind
+    bases = tuple(_without(base, derived, old) for base in kind.__bases__)
+    body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, body)
 
 
 def _methods(derived: type) -> list[str]:

@@ -32,7 +32,7 @@ class Boards(Protocol):
 
     def note_caller(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
 
-    def forget_caller(self) -> None: ...
+    def forget_caller(self, model: Any, args: tuple[Any, ...], output: Any) -> None: ...
 
 
 def board_directly(stack: nn.Module, boarding: Boards, undo: Undoing) -> None:
@@ -91,6 +91,6 @@ def _notes(old: type) -> dict[str, Any]:
             return base.forward(self, *args, **kwargs)
         finally:
             for boarding in noting:
-                boarding.forget_caller()
+                boarding.forget_caller(self, (), None)
 
     return {"forward": forward}

@@ -26,6 +26,7 @@ from prefixattn.integrations.survey import (
     survey,
 )
 from prefixattn.integrations.tensor_parallel import OwnHeads
+from prefixattn.integrations.text_side import has_encoder
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.integrations.uncompiled import compiled_alone, unwrapped
 from prefixattn.integrations.undo import Undo
@@ -188,8 +189,8 @@ def _parts(
 ) -> dict[str, PrefixSource]:
     """Which layers of ``model`` get which prefix."""
     if not isinstance(prefix, EncoderDecoderPrefix):
-        return {"decoder" if model.config.is_encoder_decoder else "self": prefix}
-    if not model.config.is_encoder_decoder:
+        return {"decoder" if has_encoder(model) else "self": prefix}
+    if not has_encoder(model):
         raise ValueError(
             f"{type(model).__name__} is no encoder-decoder: it takes a prefixattn.Prefix, got an "
             "EncoderDecoderPrefix"
