@@ -15,7 +15,7 @@ from prefixattn.integrations.entries import Entries, Rows
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Caller, Places, argument_names, by_key
 from prefixattn.integrations.spread import AsAttached
-from prefixattn.integrations.survey import takes_keywords
+from prefixattn.integrations.survey import input_embeddings, takes_keywords
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.kept import forward, made_cache
 from prefixattn.layers import PrefixBatch
@@ -77,6 +77,8 @@ class Boarding:
         self.entries = [Entries() for _ in groups]
         self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
+        # Other models may have several numbers for a token.
+        self.reads_rows = isinstance(input_embeddings(stack), nn.Embedding)
         self.checkpoints = [m for m in stack.modules() if hasattr(m, "gradient_checkpointing")]
         self.trains = any(p.requires_grad for p in self._parameters())  # when it was last seen
         self.as_attached = AsAttached(self._parameters())
@@ -95,6 +97,11 @@ class Boarding:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
+        if self.reads_rows and kwargs.get("input_ids") is not None and inputs.ndim != 2:
+            raise ValueError(
+                f"input_ids must be [B, N] for a {type(stack).__name__} with a prefix, got "
+                f"{tuple(inputs.shape)}: give each choice a row, input_ids.flatten(0, -2)"
+            )
         cache = _cache_in(kwargs)
         cache = getattr(cache, "self_attention_cache", cache)
         spans, cached = _spans(cache, self.slots, inputs.shape[1])
