@@ -78,6 +78,8 @@ class _Recording:
     masks: list[Tensor | None] = field(default_factory=list)  # keeps those ids from other use
     masked: set[tuple[int, int]] = field(default_factory=set)  # queries and keys of those
     layers: list[tuple[nn.Module, bool]] = field(default_factory=list)  # those that run now
+    unsure: bool = False  # a mask and its module say different things of causality
+    unmasked: dict[nn.Module, bool] | None = None  # causality, in a run without a mask
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("prefixattn_recording", default=None)
@@ -133,7 +135,15 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
             module.training = type(module).__module__.startswith("bitsandbytes")
         with torch.inference_mode(False), torch.no_grad():
             asked.run(**asked.inputs)
+            if recording.unsure:
+                recording.unmasked = {}
+                asked.run(**{k: v for k, v in asked.inputs.items() if k != "attention_mask"})
     _check_sites(model, recording.sites)
+    for site in recording.sites:
+        if (recording.unmasked or {}).get(site.module, site.causal) != site.causal:
+            raise refusal(
+                model, f"{site.name} hides what comes later only where an attention_mask is given"
+            )
     met = {site.part for site in recording.sites}
     for missed in {asked.lengths[size] for size in recording.masked if size in asked.lengths} - met:
         raise refusal(model, f"its {missed} asks for masks, and then attends by itself")
@@ -264,6 +274,12 @@ def _record_attention(
     probe = kwargs.pop(PROBE_KEYWORD, None)
     part = None if recording is None else recording.lengths.get((query.shape[2], key.shape[2]))
     if recording is not None and part is not None:
+        named = kwargs.get("is_causal")
+        causal = _causal(module, attention_mask, recording, named)
+        if recording.unmasked is not None:
+            recording.unmasked[module] = causal
+            return attention_forward(module, query, key, value, attention_mask, **kwargs)
+        recording.unsure |= causal and not _causal(module, None, recording, named)
         known = recording.windows.get(id(attention_mask))
         window = kwargs.get("sliding_window", known) if known is None else known
         chunk = recording.chunk if window == recording.chunk else None
@@ -278,7 +294,7 @@ def _record_attention(
                 key=key,
                 value=value,
                 num_heads=query.shape[1],
-                causal=_causal(module, attention_mask, recording, kwargs.get("is_causal")),
+                causal=causal,
                 window=window if chunk is None else None,
                 chunk=chunk,
                 carries=probe is recording,

@@ -96,6 +96,15 @@ def test_the_text_side_of_a_dual_encoder(name: str, attach: Any) -> None:
     torch.testing.assert_close(again.logits_per_text, plain.logits_per_text)
 
 
+def test_a_text_that_is_causal_at_times_is_refused(attach: Any) -> None:
+    """AIMv2 builds its causal mask where it is given a mask, and sees everything elsewhere."""
+    config = transformers.Aimv2Config(text_config=TEXT | {"eos_token_id": 96}, vision_config=IMAGE)
+    model = build(lambda: transformers.Aimv2Model(config))
+    for side in (model, model.text_model):
+        with pytest.raises(NotImplementedError, match="only where an attention_mask is given"):
+            Prefix.random(side, P)
+
+
 @torch.no_grad()
 def test_padding_of_the_text_side(attach: Any) -> None:
     model = build(DUAL["clip"])
@@ -197,6 +206,15 @@ DECODER = transformers.BertConfig(
     is_decoder=True,
     add_cross_attention=True,
 )
+TROCR = TOKENS | {
+    "d_model": 32,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "is_decoder": True,
+}
 OF_IMAGES: Any = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs
 OTHERS: dict[str, tuple[Callable[[], Any], str, tuple[int, ...]]] = {
     "whisper": (
@@ -214,6 +232,18 @@ OTHERS: dict[str, tuple[Callable[[], Any], str, tuple[int, ...]]] = {
     "vit and bert": (
         lambda: transformers.VisionEncoderDecoderModel(
             OF_IMAGES(transformers.ViTConfig(**(IMAGE | {"hidden_size": 24})), DECODER)
+        ),
+        "pixel_values",
+        (3, 8, 8),
+    ),
+    "vit and trocr": (  # whose attention goes through the interface by a forward of ours
+        lambda: transformers.VisionEncoderDecoderModel(
+            OF_IMAGES(
+                transformers.ViTConfig(**(IMAGE | {"hidden_size": 24})),
+                transformers.TrOCRConfig(
+                    **TROCR, add_cross_attention=True, cross_attention_hidden_size=24
+                ),
+            )
         ),
         "pixel_values",
         (3, 8, 8),
@@ -325,6 +355,10 @@ STACKS: dict[str, Callable[[], Any]] = {
     ).get_decoder(),
     "bart's, with a head": lambda: transformers.BartForCausalLM(
         transformers.BartConfig(**BY_ITSELF)
+    ),
+    "trocr": lambda: transformers.TrOCRForCausalLM(transformers.TrOCRConfig(**TROCR)),
+    "trocr's sinusoids": lambda: transformers.TrOCRForCausalLM(
+        transformers.TrOCRConfig(**TROCR, use_learned_position_embeddings=False)
     ),
     "whisper's, with a head": lambda: transformers.WhisperForCausalLM(
         transformers.WhisperConfig(**WHISPER)
