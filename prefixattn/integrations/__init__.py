@@ -25,9 +25,10 @@ def attach(
 
     Its classes, which other models have, are left alone: its attention implementation is set to
     ``"prefixattn"``, and hooks bring the prefix, or its ``forward`` where that is called by itself
-    (for which the object has a subclass of its class until it is detached). Everything else (``generate``, ``Trainer``, checkpointing, static
-    caches, ``torch.compile``) is called as before. To learn about the model, one forward of two
-    tokens is run, in evaluation mode and without gradients.
+    (for which the object has a subclass of its class until it is detached). Everything else
+    (``generate``, ``Trainer``, checkpointing, static caches, ``torch.compile``) is called as
+    before. To learn about the model, one forward of two tokens is run, in evaluation mode,
+    uncompiled and without gradients.
 
     Args:
         model: a transformers model whose layers go through transformers' attention interface (or

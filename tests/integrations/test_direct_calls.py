@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -127,6 +128,24 @@ def test_a_bank(model_of: Callable[..., Any], attach: Any) -> None:
     with bank.use([1, None, 0]):
         expected = backbone(ids)[0]
         assert torch.equal(backbone.forward(ids)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_lora_around_a_backbone(model_of: Callable[..., Any], attach: Any, name: str) -> None:
+    """PEFT's tuners call the forward of the model that they are in."""
+    targets = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}[name]
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    tuned = peft.get_peft_model(model_of(name, transformers.AutoModel), config)
+    prefix = Prefix.random(tuned, 5)
+    ids = torch.randint(2, 90, (2, 9))
+    plain = tuned(input_ids=ids)[0]
+    handle = attach(tuned, prefix)
+    found = tuned(input_ids=ids)[0]
+    torch.testing.assert_close(found, tuned.get_base_model()(input_ids=ids)[0])
+    assert (found - plain).abs().max() > 1e-3
+    handle.detach()
+    torch.testing.assert_close(tuned(input_ids=ids)[0], plain)
 
 
 @torch.no_grad()
