@@ -133,9 +133,9 @@ def test_a_bank(model_of: Callable[..., Any], attach: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_lora_around_a_backbone(model_of: Callable[..., Any], attach: Any, name: str) -> None:
-    """PEFT's tuners call the forward of the model that they are in."""
+    """A tuner stands between the PeftModel and the backbone that has the prefix."""
     targets = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}[name]
-    config = peft.LoraConfig(r=2, target_modules=targets)
+    config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=2, target_modules=targets)
     tuned = peft.get_peft_model(model_of(name, transformers.AutoModel), config)
     prefix = Prefix.random(tuned, 5)
     ids = torch.randint(2, 90, (2, 9))
