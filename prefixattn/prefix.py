@@ -237,7 +237,8 @@ class Prefix(PrefixSource):
             input_ids: ``[P]`` or ``[1, P]`` integer token ids.
             num_tokens: take the first ones of the text only.
             part: of an encoder-decoder, what the prefix is for: "encoder", "decoder" or "cross".
-                None: the decoder, and all of a model of one stack.
+                None: the decoder, and all of a model of one stack. A decoder whose encoder reads no
+                text (Whisper's) reads the text beside an encoder's output of zeros.
             layers: those that get a prefix. None: all.
             training: ``num_frozen_tokens`` and ``dropout``, as for `Prefix`.
         """

@@ -23,16 +23,17 @@ def attach(
 ) -> "Handle":
     """Give ``model`` a prefix, in place; its KV cache goes on holding sequence tokens only.
 
-    The model's code is left alone: its modules find the attention implementation
-    ``"prefixattn"`` in their configuration, where no other model finds it, and hooks carry the
-    prefix. Everything else (``generate``, ``Trainer``, checkpointing, static
-    caches, ``torch.compile``) is called as before. To learn about the model, one forward of two
-    tokens is run, in evaluation mode and without gradients.
+    Its classes, which other models have, are left alone: its modules find the attention
+    implementation ``"prefixattn"`` in their configuration, where no other model finds it, and hooks
+    bring the prefix, or its ``forward`` where that is called by itself (for which the object has a
+    subclass of its class until it is detached). Everything else (``generate``, ``Trainer``,
+    checkpointing, static caches, ``torch.compile``) is called as before. To learn about the model,
+    one forward of two tokens is run, in evaluation mode, uncompiled and without gradients.
 
     Args:
         model: a transformers model whose layers go through transformers' attention interface (or
             which we have taught to: Bloom, Falcon), or a ``PeftModel`` with a PREFIX_TUNING or
-            CARTRIDGE adapter.
+            CARTRIDGE adapter; also what torch.compile made of one.
         prefix: a `Prefix` of any kind, a `PrefixBank` or an `ExternalPrefix`; for an
             encoder-decoder an `EncoderDecoderPrefix`, or any of these for the decoder's own
             attention. It is moved to the model's device and registered as the submodule

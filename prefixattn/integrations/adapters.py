@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, EncoderDecoderCache, PreTrainedModel
 
 from prefixattn.integrations.derived import derive
 from prefixattn.integrations.undo import Undoing
@@ -31,12 +31,14 @@ def adapt(model: Any, undo: Undoing) -> bool:
         Whether there were any such modules.
     """
     found = False
+    stacks = [stack for stack in model.modules() if isinstance(stack, PreTrainedModel)]
+    owners = {module: stack for stack in stacks for module in stack.modules()}  # the innermost
     for module in list(model.modules()):
         members = ADAPTERS.get((type(module).__module__, type(module).__name__))
         if members is None or (members is _own_attention and not hasattr(module, "_attn")):
             continue  # from transformers 5.24 on, GPT-J and CodeGen go through the interface
         found = True
-        setattr(module, CONFIG, model.config)
+        setattr(module, CONFIG, owners[module].config)
         undo.callback(delattr, module, CONFIG)
         undo.callback(derive(module, members))
     return found
@@ -198,6 +200,48 @@ def _own_attention(old: type) -> dict[str, Any]:
     return {"_attn": _attn, "forward": forward}
 
 
+def _trocr(old: type) -> dict[str, Any]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,  # [B, M, E]
+        key_value_states: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        crosses, cache, known = key_value_states is not None, past_key_values, None
+        if isinstance(cache, EncoderDecoderCache):
+            known = cache.is_updated if crosses else None  # which layers have read the encoder
+            cache = cache.cross_attention_cache if crosses else cache.self_attention_cache
+        if known is not None and known.get(self.layer_idx):
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            source = key_value_states if crosses else hidden_states
+            key, value = heads(self.k_proj(source)), heads(self.v_proj(source))
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+            if known is not None:
+                known[self.layer_idx] = True
+        out = _attend(
+            self,
+            heads(self.q_proj(hidden_states)),
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            is_causal=not crosses,
+            output_attentions=output_attentions,
+        )
+        return self.out_proj(out), None
+
+    return {"forward": forward}
+
+
 def _module(family: str) -> str:
     return f"transformers.models.{family}.modeling_{family}"
 
@@ -208,4 +252,5 @@ ADAPTERS: dict[tuple[str, str], Callable[[type], dict[str, Any]]] = {
     (_module("codegen"), "CodeGenAttention"): _own_attention,
     (_module("gpt_neo"), "GPTNeoSelfAttention"): _own_attention,
     (_module("gptj"), "GPTJAttention"): _own_attention,
+    (_module("trocr"), "TrOCRAttention"): _trocr,
 }

@@ -19,7 +19,7 @@ from prefixattn.integrations.outline import DETACH, Hooks
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Places, argument_names
 from prefixattn.integrations.spread import AsAttached
-from prefixattn.integrations.survey import takes_keywords
+from prefixattn.integrations.survey import input_embeddings, takes_keywords
 from prefixattn.integrations.transformers import NAME, register
 from prefixattn.kept import forward, made_cache
 from prefixattn.layers import PrefixBatch
@@ -80,9 +80,12 @@ class Boarding:
         self.entries = [Entries() for _ in groups]
         self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
+        # Other models may have several numbers for a token.
+        self.reads_rows = isinstance(input_embeddings(stack), nn.Embedding)
         self.trains = any(p.requires_grad for p in self._parameters())  # when it was last seen
         self.as_attached = AsAttached(self._parameters())
         # Of the forward that runs now: for a relay, and where a model is around the stack.
+        self.closed = False  # once it is detached
         self.current: PerThread[Carrier] = PerThread()
         self.caller: PerThread[Caller] = PerThread()
 
@@ -102,6 +105,11 @@ class Boarding:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             raise ValueError(f"{type(stack).__name__} needs input_ids or inputs_embeds")
+        if self.reads_rows and kwargs.get("input_ids") is not None and inputs.ndim != 2:
+            raise ValueError(
+                f"input_ids must be [B, N] for a {type(stack).__name__} with a prefix, got "
+                f"{tuple(inputs.shape)}: give each choice a row, input_ids.flatten(0, -2)"
+            )
         kwargs["position_ids"] = checked_places(kwargs.get("position_ids"), inputs)
         caller = self.caller.get()
         documents, unpadded = None, False
@@ -160,8 +168,12 @@ class Boarding:
         self.caller.set(Caller(by_key(mask), mask is not None, places is not None))
 
     def forget_caller(self, model: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
-        """After a model around the stack ran, which may have run the stack several times."""
+        """After a model around the stack ran, the stack several times or not at all."""
         self.caller.set(None)
+
+    def close(self) -> None:
+        """It is detached."""
+        self.closed = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A model that is unpickled in a new process finds its attention function there."""

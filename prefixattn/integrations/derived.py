@@ -32,6 +32,12 @@ def derive(module: nn.Module, members: Members) -> Callable[[], None]:
     return partial(_give_back, module, *_origin(new))  # no pickle finds the new class by its name
 
 
+def is_hidden(module: nn.Module, members: Members) -> bool:
+    """Whether `derive` would refuse: the object has a method of its own in the place of one."""
+    old = type(module)
+    return _hidden(module, old, _derived(old, members)) is not None
+
+
 def _give_back(module: nn.Module, root: type, *chain: Members) -> None:
     old, derived = _made(root, *chain[:-1]), _made(root, *chain)
     _rebind(module, derived, old, _methods(derived))
@@ -68,6 +74,16 @@ def _rebind(module: nn.Module, old: type, new: type, names: list[str]) -> None:
 
 def _check_not_hidden(module: nn.Module, old: type, new: type) -> None:
     """Refuse a method that lies on the object and would run in the place of the new class's."""
+    if (name := _hidden(module, old, new)) is not None:
+        raise RuntimeError(
+            f"{old.__name__}.{name} was replaced on the object, and would not bring the "
+            "prefix: attach first, or, where accelerate did it for mixed precision, call "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
+        )
+
+
+def _hidden(module: nn.Module, old: type, new: type) -> str | None:
+    """The first method of the new class that one on the object would run in the place of."""
     for name in _methods(new):
         # With hooks of accelerate, `forward` lies there and calls `_old_forward`.
         held = vars(module).get(f"_old_{name}", vars(module).get(name))
@@ -75,11 +91,8 @@ def _check_not_hidden(module: nn.Module, old: type, new: type) -> None:
         if held is None or function is getattr(old, name):
             continue
         if not _wraps(function, getattr(new, name)):
-            raise RuntimeError(
-                f"{old.__name__}.{name} was replaced on the object, and would not bring the "
-                "prefix: attach first, or, where accelerate did it for mixed precision, call "
-                "accelerator.unwrap_model(model, keep_fp32_wrapper=False) before"
-            )
+            return name
+    return None
 
 
 def _wraps(function: Any, wanted: Any) -> bool:
@@ -104,6 +117,7 @@ def _derived(old: type, members: Members) -> type:
         body = members(old) | {
             "__module__": old.__module__,
             "__init__": init,
+            "__qualname__": old.__qualname__,  # transformers looks up by it what can be recorded
             "__reduce_ex__": lambda self, protocol: (_empty, origin, self.__getstate__()),
         }
         _classes[old, members] = new = type(old.__name__, (old,), body)

@@ -13,6 +13,7 @@ from prefixattn.encoder_decoder import EncoderDecoderPrefix
 from prefixattn.integrations.adapters import adapt
 from prefixattn.integrations.boarding import BATCHING_WORDS, Boarding, Group, Source
 from prefixattn.integrations.carrier import CAUSAL, SLOT, Options, Slot
+from prefixattn.integrations.direct import board_directly, note_directly
 from prefixattn.integrations.implementation import INTERNAL, Naming, set_implementation
 from prefixattn.integrations.outline import Hooks
 from prefixattn.integrations.refusal import refusal
@@ -25,7 +26,9 @@ from prefixattn.integrations.survey import (
     survey,
 )
 from prefixattn.integrations.tensor_parallel import OwnHeads
+from prefixattn.integrations.text_side import has_encoder
 from prefixattn.integrations.transformers import NAME, register
+from prefixattn.integrations.uncompiled import compiled_alone, unwrapped
 from prefixattn.integrations.undo import Undo
 from prefixattn.layers import LayerShape, Positions, PrefixBatch, PrefixSource
 
@@ -122,6 +125,7 @@ class Submodule:
 
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
     """See `prefixattn.attach`."""
+    model = unwrapped(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         from prefixattn.integrations.peft import attach_peft, is_prompt_learning
 
@@ -185,8 +189,8 @@ def _parts(
 ) -> dict[str, PrefixSource]:
     """Which layers of ``model`` get which prefix."""
     if not isinstance(prefix, EncoderDecoderPrefix):
-        return {"decoder" if model.config.is_encoder_decoder else "self": prefix}
-    if not model.config.is_encoder_decoder:
+        return {"decoder" if has_encoder(model) else "self": prefix}
+    if not has_encoder(model):
         raise ValueError(
             f"{type(model).__name__} is no encoder-decoder: it takes a prefixattn.Prefix, got an "
             "EncoderDecoderPrefix"
@@ -293,20 +297,32 @@ def _install_stack(
         outer = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         undo.callback(outer.remove)
         undo.callback(model.register_forward_hook(boarding.forget_caller, always_call=True).remove)
+        note_directly(model, boarding, undo)
+    undo.callback(boarding.close)
+    board_directly(stack, boarding, undo)
     undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
     undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
-    _install_relays(every, boarding, undo)
+    _install_relays(model, every, boarding, undo)
     return boarding
 
 
-def _install_relays(sites: list[Site], boarding: Boarding, undo: Undo) -> None:
+def _install_relays(
+    model: PreTrainedModel, sites: list[Site], boarding: Boarding, undo: Undo
+) -> None:
     deaf: dict[nn.Module, list[Site]] = {}
     for site in sites:
         if not site.carries and site.layer is not None:
             deaf.setdefault(site.layer, []).append(site)
     for layer, members in deaf.items():
         sender = None if members[0].informed else boarding
-        relay(layer, [site.module for site in members], sender, undo)
+        modules = [site.module for site in members]
+        if compiled_alone(model, layer if sender else None, modules):
+            raise refusal(
+                model,
+                f"{members[0].name} has its prefix from outside of what torch.compile was given, "
+                "which cannot see it: call compile() of the layers, or compile the whole model",
+            )
+        relay(layer, modules, sender, undo)
 
 
 def _slot(site: Site) -> Slot:

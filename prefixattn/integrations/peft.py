@@ -16,6 +16,7 @@ from prefixattn.integrations.carrier import Options
 from prefixattn.integrations.derived import derive
 from prefixattn.integrations.handle import Handle, check_shapes, install, warn_of_dead_tokens
 from prefixattn.integrations.survey import Site, check_model, check_part, own_sites, survey
+from prefixattn.integrations.text_side import has_encoder
 from prefixattn.integrations.undo import Undo
 from prefixattn.kept import Kept
 from prefixattn.layers import LayerShape, PrefixBatch, split_layers
@@ -56,7 +57,7 @@ def attach_peft(model: PeftModel, options: Options) -> Handle:
             "forward and generation disagree"
         )
     base = check_model(model)
-    part = "decoder" if base.config.is_encoder_decoder else "self"
+    part = "decoder" if has_encoder(base) else "self"
     sites = survey(base)
     own = own_sites(sites, part)
     check_part(base, sites, part)

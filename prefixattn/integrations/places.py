@@ -206,7 +206,7 @@ class Places:
         options = {}
         if "bidirectional" in inspect.signature(owner._relative_position_bucket).parameters:
             options = {
-                "bidirectional": not owner.is_decoder,
+                "bidirectional": not getattr(owner, "is_decoder", True),  # Pix2Struct's all decode
                 "num_buckets": owner.relative_attention_num_buckets,
                 "max_distance": owner.relative_attention_max_distance,
             }

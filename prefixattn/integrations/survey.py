@@ -20,7 +20,9 @@ from prefixattn.integrations.places import known_positions
 from prefixattn.integrations.refusal import refusal
 from prefixattn.integrations.spread import is_sharded
 from prefixattn.integrations.tensor_parallel import whole_sites
+from prefixattn.integrations.text_side import has_encoder, is_text_decoder, question, reads
 from prefixattn.integrations.transformers import attention_forward
+from prefixattn.integrations.uncompiled import uncompiled, unwrapped
 from prefixattn.layers import LayerShape
 
 SURVEY_NAME = "prefixattn-survey"
@@ -76,6 +78,8 @@ class _Recording:
     masks: list[Tensor | None] = field(default_factory=list)  # keeps those ids from other use
     masked: set[tuple[int, int]] = field(default_factory=set)  # queries and keys of those
     layers: list[tuple[nn.Module, bool]] = field(default_factory=list)  # those that run now
+    unsure: bool = False  # a mask and its module say different things of causality
+    unmasked: dict[nn.Module, bool] | None = None  # causality, in a run without a mask
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("prefixattn_recording", default=None)
@@ -102,20 +106,25 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
     embeddings = input_embeddings(model)
     owner = model if embeddings is None else embeddings
     if input_ids is not None:
+        if part != "decoder" and reads(model) is not None:
+            raise ValueError(
+                f"part must be 'decoder' for a text, which the encoder of {type(model).__name__} "
+                f"does not read (it reads {reads(model)}), got {part!r}"
+            )
         _check_tokens(model, input_ids, getattr(embeddings, "num_embeddings", None))
     device = offloaded_to(owner) or next(owner.parameters()).device
     ids = torch.tensor([[0, 1]]) if input_ids is None else input_ids
-    inputs, lengths = _inputs(model, ids.to(device), part)
+    asked = question(model, ids.to(device), part)
     recording = _Recording(
-        names={module: name for name, module in model.named_modules()},
-        lengths=lengths,
+        names={m: name.replace("_orig_mod.", "") for name, m in model.named_modules()},
+        lengths=asked.lengths,
         chunk=getattr(model.config.get_text_config(), "attention_chunk_size", None),
     )
     AttentionInterface.register(SURVEY_NAME, _record_attention)
     AttentionMaskInterface.register(SURVEY_NAME, _record_mask)
     training = [module for module in model.modules() if module.training]
     token = _recording.set(recording)
-    with ExitStack() as undo:
+    with uncompiled(), ExitStack() as undo:
         undo.callback(_restore_training, model, training)
         undo.callback(_recording.reset, token)
         adapt(model, undo)
@@ -125,10 +134,18 @@ def survey(model: Any, input_ids: Tensor | None = None, part: str = "decoder") -
         for module in model.modules():  # which packs its weights for good in a forward that is not
             module.training = type(module).__module__.startswith("bitsandbytes")
         with torch.inference_mode(False), torch.no_grad():
-            model.base_model(**inputs, use_cache=False)
+            asked.run(**asked.inputs)
+            if recording.unsure:
+                recording.unmasked = {}
+                asked.run(**{k: v for k, v in asked.inputs.items() if k != "attention_mask"})
     _check_sites(model, recording.sites)
+    for site in recording.sites:
+        if (recording.unmasked or {}).get(site.module, site.causal) != site.causal:
+            raise refusal(
+                model, f"{site.name} hides what comes later only where an attention_mask is given"
+            )
     met = {site.part for site in recording.sites}
-    for missed in {lengths[size] for size in recording.masked if size in lengths} - met:
+    for missed in {asked.lengths[size] for size in recording.masked if size in asked.lengths} - met:
         raise refusal(model, f"its {missed} asks for masks, and then attends by itself")
     return whole_sites(model, recording.sites)
 
@@ -146,26 +163,6 @@ def _check_tokens(model: PreTrainedModel, ids: Tensor, vocabulary: int | None) -
             f"input_ids must hold at most {known} tokens, for which {type(model).__name__} has "
             f"positions, got {ids.shape[1]}"
         )
-
-
-def _inputs(
-    model: PreTrainedModel, ids: Tensor, part: str
-) -> tuple[dict[str, Tensor], dict[tuple[int, int], str]]:
-    """What to run ``model`` on, and which lengths of queries and keys mean which part."""
-    length = ids.shape[1]
-    if not model.config.is_encoder_decoder:
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {
-            (length, length): "self"
-        }
-    other = torch.cat([ids, ids[:, :1]], dim=1)  # another length, to tell the two apart
-    source, target = (other, ids) if part == "decoder" else (ids, other)
-    encoder, decoder = source.shape[1], target.shape[1]
-    inputs = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-    return inputs | {"decoder_input_ids": target}, {
-        (encoder, encoder): "encoder",
-        (decoder, decoder): "decoder",
-        (decoder, encoder): "cross",
-    }
 
 
 def _restore_training(model: nn.Module, training: list[nn.Module]) -> None:
@@ -208,11 +205,11 @@ def takes_keywords(module: nn.Module) -> bool:
 
 def check_model(model: Any) -> PreTrainedModel:
     """The transformers model to work on, or the reason why there is none, before anything runs."""
+    model = unwrapped(model)
     if hasattr(model, "get_base_model"):  # a PeftModel around it
-        model = model.get_base_model()
+        model = unwrapped(model.get_base_model())
     if not isinstance(model, PreTrainedModel):
-        # torch.compile's, DataParallel's and its kin
-        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        inner = getattr(model, "module", None)  # DataParallel's and its kin
         around = "" if inner is None else f" around a {type(inner).__name__}: give it that"
         raise TypeError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}{around}"
@@ -226,8 +223,8 @@ def check_model(model: Any) -> PreTrainedModel:
     if model.device.type == "meta" and not any(map(offloaded_to, model.modules())):
         raise refusal(model, "it is on the meta device: load its weights first")
     config = model.config.get_text_config()
-    if model.main_input_name != "input_ids":
-        raise refusal(model, f"its input is {model.main_input_name}, not text")
+    if reads(model) is not None and not is_text_decoder(model):
+        raise refusal(model, f"its input is {reads(model)}, not text")
     with ExitStack() as undo:
         stacks = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         if not (adapt(model, undo) or any(m._can_set_attn_implementation() for m in stacks)):
@@ -277,6 +274,12 @@ def _record_attention(
     probe = kwargs.pop(PROBE_KEYWORD, None)
     part = None if recording is None else recording.lengths.get((query.shape[2], key.shape[2]))
     if recording is not None and part is not None:
+        named = kwargs.get("is_causal")
+        causal = _causal(module, attention_mask, recording, named)
+        if recording.unmasked is not None:
+            recording.unmasked[module] = causal
+            return attention_forward(module, query, key, value, attention_mask, **kwargs)
+        recording.unsure |= causal and not _causal(module, None, recording, named)
         known = recording.windows.get(id(attention_mask))
         window = kwargs.get("sliding_window", known) if known is None else known
         chunk = recording.chunk if window == recording.chunk else None
@@ -291,7 +294,7 @@ def _record_attention(
                 key=key,
                 value=value,
                 num_heads=query.shape[1],
-                causal=_causal(module, attention_mask, recording, kwargs.get("is_causal")),
+                causal=causal,
                 window=window if chunk is None else None,
                 chunk=chunk,
                 carries=probe is recording,
@@ -339,7 +342,7 @@ def _check_sites(model: PreTrainedModel, sites: list[Site]) -> None:
 def check_part(model: PreTrainedModel, sites: list[Site], part: str) -> None:
     """Raise where some layers of a part attend in ways that the survey did not see."""
     met = sum(site.part == part for site in sites)
-    expected = _expected(model).get(part, met)
+    expected = _expected(model, sites).get(part, met)
     if met != expected:
         where = "" if part == "self" else f" ({part})"
         raise refusal(
@@ -347,10 +350,10 @@ def check_part(model: PreTrainedModel, sites: list[Site], part: str) -> None:
         )
 
 
-def _expected(model: PreTrainedModel) -> dict[str, int]:
+def _expected(model: PreTrainedModel, sites: list[Site]) -> dict[str, int]:
     """How many modules of each part the configuration lets us expect."""
     config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
+    if has_encoder(model):
         encoder = getattr(config, "encoder_layers", None) or getattr(config, "num_layers", None)
         decoder = getattr(config, "decoder_layers", None) or getattr(
             config, "num_decoder_layers", None
@@ -360,10 +363,17 @@ def _expected(model: PreTrainedModel) -> dict[str, int]:
     types = getattr(config, "layer_types", None)
     if types:
         return {"self": sum(kind in ATTENTION_LAYERS for kind in types)}
-    # Of a decoder by itself (BART's) the other name is that of the encoder's layers.
-    decodes = getattr(config, "is_decoder", False) and hasattr(config, "decoder_layers")
-    layers = getattr(config, "decoder_layers" if decodes else "num_hidden_layers", None)
+    if hasattr(config, "decoder_layers"):  # one stack of two, by itself: which, is not said
+        return {"self": _depth(model, sites)}
+    layers = getattr(config, "num_hidden_layers", None)
     return {} if layers is None else {"self": layers}
+
+
+def _depth(model: PreTrainedModel, sites: list[Site]) -> int:
+    """How many layers there are in the list that holds all of these modules."""
+    modules = {site.module for site in sites}
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return next((len(m) for m in reversed(lists) if modules <= set(m.modules())), len(sites))
 
 
 def own_sites(sites: list[Site], part: str | None = None) -> list[Site]:

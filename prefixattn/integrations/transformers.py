@@ -162,7 +162,8 @@ def _seat(module: nn.Module, kwargs: dict[str, Any]) -> Seat | None:
     if carrier is None:
         raise RuntimeError(
             f"{type(module).__name__} has a prefix, but the forward that reached it did not bring "
-            f"it: call the attached model itself, not a part of it, and not its .forward"
+            "it: call the model that was attached to, not a layer of it by itself, and not a "
+            ".forward that something else had put on the object before it was attached to"
         )
     return Seat(carrier, carrier.slots[index], carrier.spans[index], carrier.entries[index])
 

@@ -353,10 +353,10 @@ def test_a_deleted_model_leaves_nothing_behind(case: Callable[..., Any]) -> None
 
 
 WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
-    "a compiled model": (
-        lambda m: prefixattn.attach(torch.compile(m), Prefix.random(m, 3)),
+    "a model in another's hands": (
+        lambda m: prefixattn.attach(torch.nn.DataParallel(m), Prefix.random(m, 3)),
         TypeError,
-        "got OptimizedModule around a LlamaForCausalLM",
+        "got DataParallel around a LlamaForCausalLM: give it that",
     ),
     "prompt tuning of PEFT's, and a prefix": (
         lambda m: prefixattn.attach(tuned(m, peft.PromptTuningConfig), Prefix.random(m, 3)),

@@ -34,6 +34,10 @@ UNTRIED = {
     **dict.fromkeys(
         ("qwen2_5_omni", "qwen3_omni_moe"), "speaks; its text side is the thinker, which is a row"
     ),
+    **dict.fromkeys(
+        ("pix2struct", "pp_formulanet", "vision-encoder-decoder"),
+        "its encoder reads pictures; tests/integrations/test_text_sides.py holds such decoders",
+    ),
     "evolla": "no auto class makes it",
     "diffusion_gemma": "writes a canvas by diffusion; no model of the next token",
     "kyutai_speech_to_text": "reads the codes of sound beside each token",

@@ -1,0 +1,58 @@
+"""Models that torch.compile has wrapped, whole or in pieces, run as they were written."""
+
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Stance:
+    """How many are within `uncompiled` now, and what sets the compiler back."""
+
+    lock = threading.Lock()
+    users = 0
+    setting: Any = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, whatever torch.compile was given runs as it was written.
+
+    A compiler does not see hooks that record what a model does, and breaks off at them. The
+    compiler's stance belongs to the process: other threads run uncompiled meanwhile, too.
+    """
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and to load it takes seconds
+        yield
+        return
+    with _Stance.lock:
+        if not _Stance.users:
+            _Stance.setting = torch.compiler.set_stance("force_eager")
+        _Stance.users += 1
+    try:
+        yield
+    finally:
+        with _Stance.lock:
+            _Stance.users -= 1
+            if not _Stance.users:
+                _Stance.setting.__exit__(None, None, None)
+
+
+def unwrapped(model: Any) -> Any:
+    """What ``torch.compile(model)`` is around; any other object is returned as it is."""
+    compiler = sys.modules.get("torch._dynamo")
+    while compiler is not None and isinstance(model, compiler.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def compiled_alone(model: nn.Module, layer: nn.Module | None, modules: Sequence[nn.Module]) -> bool:
+    """Whether ``torch.compile(layer)`` was called, or one of ``modules`` is compiled in any way."""
+    wrapped = {
+        id(unwrapped(module)) for module in model.modules() if unwrapped(module) is not module
+    }
+    in_place = any(module._compiled_call_impl is not None for module in modules)
+    return in_place or any(id(module) in wrapped for module in (layer, *modules))
