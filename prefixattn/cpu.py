@@ -43,10 +43,10 @@ NO_MEMORY = 1
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, M, D_v]` in the query's dtype, `lse` and `lse_rest [B, H, M]`."""
     if problem.prefix_gate is not None:
-        (out, *numbers), (prefix_out, *_) = (forward(half) for half in _halves(problem))
-        gate, dtype = problem.prefix_gate.to(problem.accumulator)[:, None, None], out.dtype
-        wide = torch.addcmul(out.to(gate.dtype), gate, prefix_out.to(gate.dtype))
-        return wide.to(dtype), *numbers
+        (out, lse, lse_rest), (prefix_out, *_) = (forward(half) for half in _halves(problem))
+        gate = problem.prefix_gate.to(lse.dtype)[:, None, None]
+        wide = torch.addcmul(out.to(lse.dtype), gate, prefix_out.to(lse.dtype))
+        return wide.to(out.dtype), lse, lse_rest
     # Packed, there may be queries of no segment.
     results = problem.no_output() if problem.packed else problem.empty_output()
     _call("prefixattn_forward", problem, *results, NO_BACKWARD)

@@ -64,8 +64,11 @@ class Upstream:
 
     def at(self, index: Index) -> Upstream:
         """The same for some rows, heads or queries, views."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Upstream(**{n: None if x is None else x[index] for n, x in parts.items()})
+        dout, out, lse, lse_rest, dlse, weighed = (
+            None if x is None else x[index] for x in (getattr(self, f.name) for f in fields(self))
+        )
+        assert dout is not None and out is not None and lse is not None and lse_rest is not None
+        return Upstream(dout, out, lse, lse_rest, dlse, weighed)
 
     @cached_property
     def delta(self) -> Tensor:

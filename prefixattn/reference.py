@@ -31,13 +31,15 @@ def forward(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor,
         results = [_attend(segment.problem, dtype) for segment in problem.segments()]
         covered = sum(part[0].shape[2] for part in results)
         blank = problem.no_output()  # for queries of no segment
-        results.append(tuple(part[:, :, covered:] for part in blank))
+        results.append(
+            (blank[0][:, :, covered:], blank[1][:, :, covered:], blank[2][:, :, covered:])
+        )
         out, lse, lse_rest = (
             torch.cat([part.to(dtype) for part in parts], dim=2)
             for parts in zip(*results, strict=True)
         )
-    numbers = (x.to(problem.accumulator) for x in (lse, lse_rest.detach()))
-    return out.to(problem.query.dtype), *numbers
+    lse, lse_rest = lse.to(problem.accumulator), lse_rest.detach().to(problem.accumulator)
+    return out.to(problem.query.dtype), lse, lse_rest
 
 
 def backward(

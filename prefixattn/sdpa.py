@@ -16,6 +16,7 @@ is computed in blocks (`_rounds`, `_uneven`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -34,15 +35,14 @@ UNEVEN = 16
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[B, H, M, D_v]` in the query's dtype, `lse` and `lse_rest [B, H, M]`."""
     if not problem.packed:
-        out, numbers = _forward(problem)
-        return out.to(problem.query.dtype), *numbers
-    out, *all_numbers = problem.no_output()
+        out, (lse, lse_rest) = _forward(problem)
+        return out.to(problem.query.dtype), lse, lse_rest
+    out, lse, lse_rest = problem.no_output()
     for segment in problem.segments():
-        part_out, numbers = _forward(segment.problem)
-        out[:, :, segment.queries] = part_out.to(out.dtype)
-        for whole, part in zip(all_numbers, numbers, strict=True):
-            whole[:, :, segment.queries] = part
-    return out, *all_numbers
+        part_out, (part_lse, part_rest) = _forward(segment.problem)
+        for whole, part in ((out, part_out), (lse, part_lse), (lse_rest, part_rest)):
+            whole[:, :, segment.queries] = part.to(whole.dtype)
+    return out, lse, lse_rest
 
 
 def backward(
@@ -207,7 +207,7 @@ def _split_by_gate(p: Problem, up: Upstream, totals: dict[str, Total]) -> tuple[
     return prefix_up, Upstream(up.dout, sequence_out.to(dtype), *of_sequence)
 
 
-def _merge(p: Problem, parts: list[Part]) -> tuple[Tensor, LogSum]:
+def _merge(p: Problem, parts: Sequence[Part]) -> tuple[Tensor, LogSum]:
     """One softmax over all parts: `out` in the accumulating dtype, or a lone part's own."""
     found: tuple[Tensor, LogSum] | None = None
     for part in parts:
