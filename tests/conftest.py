@@ -37,6 +37,9 @@ UPSTREAM: dict[str, dict[str, str]] = {
     },
 }
 
+# What all tests share. Not the folder `tests`, whose folders have names of packages, like `vllm`.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
 

@@ -170,6 +170,31 @@ def test_without_a_compiler_there_is_a_reason_and_no_warning(sandbox: Sandbox) -
     assert (out, err) == (f"{reason}\n{reason}", "")
 
 
+# What Python has on POSIX systems alone; Windows lacks all of it.
+LACKING = {"users": ("getuid",), "file systems": ("statvfs",), "both": ("getuid", "statvfs")}
+
+
+@pytest.mark.parametrize("names", LACKING.values(), ids=LACKING.keys())
+def test_a_system_that_is_not_posix_is_a_reason_although_it_has_a_compiler(
+    sandbox: Sandbox, names: tuple[str, ...]
+) -> None:
+    missing = "".join(f"del os.{name}\n" for name in names)
+    out, err = sandbox.run(f"{missing}print(build.obstacle()); {STATE}")
+    reason, state = out.splitlines()
+    assert reason == state
+    assert "the C++ kernels need a POSIX system such as Linux, macOS or Windows' WSL" in reason
+    assert all(f"os.{name}" in reason for name in names)
+    assert err == ""  # nobody can repair it
+    assert sandbox.compiled() == 0
+
+
+def test_what_cannot_be_read_is_a_reason(sandbox: Sandbox) -> None:
+    (sandbox.sources / "folder.h").mkdir()
+    out, err = sandbox.run(f"print(build.obstacle()); {STATE}")
+    assert out.count("Is a directory") == 2
+    assert "UserWarning: prefixattn runs without its C++ kernels: " in err
+
+
 def test_a_shipped_library_needs_no_compiler(sandbox: Sandbox) -> None:
     built, _ = sandbox.run(LIBRARY)
     code = f"build.SHIPPED = Path({built!r}); {STATE}; print(build.obstacle(), answer())"
@@ -264,9 +289,11 @@ def test_an_interrupt_ends_the_compilers_and_leaves_nothing(sandbox: Sandbox) ->
 
 def test_a_damaged_library_is_built_again(sandbox: Sandbox) -> None:
     built, _ = sandbox.run(LIBRARY)
-    Path(built).write_bytes(Path(built).read_bytes()[:5000])
-    assert "would build" in sandbox.run(STATE)[0]
-    assert sandbox.run("print(answer())")[0] == "42"
+    whole, said = Path(built).read_bytes(), Path(f"{built}.sha256")
+    for file, content in ((Path(built), whole[:5000]), (said, b"\xff\xfe")):
+        file.write_bytes(content)
+        assert "would build" in sandbox.run(STATE)[0]
+        assert sandbox.run("print(answer())")[0] == "42"
 
 
 def test_libraries_long_out_of_use_go(sandbox: Sandbox) -> None:
