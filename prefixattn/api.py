@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefixattn import quick
-from prefixattn.choose import choose, explanation
+from prefixattn.choose import choose, explanation, recorded
 from prefixattn.ops import attention
 from prefixattn.philox import new_seed
 from prefixattn.problem import TENSORS, Problem
@@ -131,7 +131,8 @@ def prefix_attention(
     problem = make_problem(**arguments)
     if problem.dropout_p > 0:
         problem = replace(problem, dropout_seed=new_seed(query.device))
-    out, lse = attention(problem, choose(implementation, problem))
+    find = choose if quick.unwatched() else recorded
+    out, lse = attention(problem, find(implementation, problem))
     return (out, lse) if return_lse else out
 
 

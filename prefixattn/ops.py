@@ -1,6 +1,7 @@
 """The operators `prefixattn::attention` and `prefixattn::attention_backward`.
 
-One schema for all implementations: the fields of `Problem` and the implementation's name. The
+One schema for all implementations: the fields of `Problem` and the implementation's name, or "auto"
+where a graph was recorded that may run on another machine than the one it was made on. The
 backward is an operator of its own, so that compilers and DTensor can see and dispatch it. It takes
 the output and `lse` it starts from as arguments, which ring and context parallelism need.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixattn import quick
+from prefixattn.choose import resolve
 from prefixattn.problem import (
     DIFFERENTIABLE,
     FIELD_NAMES,
@@ -57,7 +59,7 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
 
     Args:
         problem: a checked problem.
-        implementation: a chosen implementation's name, not "auto".
+        implementation: what `choose.choose` or, for a graph, `choose.recorded` gave.
 
     Returns:
         `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable.
@@ -88,7 +90,8 @@ def _refuse_transforms(problem: Problem) -> None:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _run_forward(Problem(*arguments[:-1]), arguments[-1])
+    problem = Problem(*arguments[:-1])
+    return _run_forward(problem, resolve(arguments[-1], problem))
 
 
 def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
@@ -101,7 +104,9 @@ def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]
 def _backward(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    return _run_backward(dout, dlse, out, lse, Problem(*arguments[:-2]), *arguments[-2:])
+    problem, (implementation, wanted) = Problem(*arguments[:-2]), arguments[-2:]
+    chosen = resolve(implementation, problem)
+    return _run_backward(dout, dlse, out, lse, problem, chosen, wanted)
 
 
 def _run_backward(

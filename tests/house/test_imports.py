@@ -44,7 +44,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "build": ("compiler", "filelock"),
     "cpu": ("torch problem build", ""),
     "quick": ("torch problem", ""),
-    "ops": ("torch problem quick rules", f"{IMPLEMENTATIONS} distributed.sharding"),
+    "ops": ("torch problem quick choose rules", f"{IMPLEMENTATIONS} distributed.sharding"),
     "choose": ("torch problem", f"{IMPLEMENTATIONS} build"),
     "api": ("torch problem rules philox quick choose ops", "cpu"),
     "files": ("torch safetensors", ""),
