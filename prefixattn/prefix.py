@@ -24,11 +24,14 @@ from prefixattn.layers import (
     PrefixBatch,
     PrefixSource,
     Training,
+    check_count,
     check_layers,
+    check_number,
     check_pairs,
     spread,
 )
 from prefixattn.ranks import whole
+from prefixattn.scalars import integer
 from prefixattn.stored import (
     CONFIG_FILE,
     ENCODER_DECODER_FILE,
@@ -102,10 +105,11 @@ class Prefix(PrefixSource):
         super().__init__()
         check_pairs(keys, values)
         self._place(layers, num_layers, len(keys), dropout)
-        count, num_tokens = num_frozen_tokens, keys[0].shape[1]
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < num_tokens:
+        count, num_tokens = integer(num_frozen_tokens), keys[0].shape[1]
+        if count is None or not 0 <= count < num_tokens:
             raise ValueError(
-                f"num_frozen_tokens must be in [0, {num_tokens}), fewer than all, got {count!r}"
+                f"num_frozen_tokens must be in [0, {num_tokens}), fewer than all, got "
+                f"{num_frozen_tokens!r}"
             )
         self.num_frozen_tokens = count
         self._joined: Kept[list[tuple[Tensor, Tensor]]] = Kept()
@@ -124,11 +128,9 @@ class Prefix(PrefixSource):
         """Check and keep what is common to all kinds of prefixes."""
         if layers is not None and num_layers is None:
             raise ValueError("num_layers must be given with layers, got None")
-        self._num_layers = count if num_layers is None else num_layers
+        self._num_layers = check_count("num_layers", count if num_layers is None else num_layers)
         self.layers = check_layers(layers, self._num_layers, count)
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        self.dropout = float(dropout)
+        self.dropout = check_number("dropout", dropout, 0, 1)
         self._ready: Kept[PrefixBatch] = Kept()
 
     @property
