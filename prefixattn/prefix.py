@@ -350,11 +350,16 @@ class Prefix(PrefixSource):
     def from_pretrained(cls, path: str | Path) -> "Prefix":
         """The prefix saved in the folder ``path``, of the kind that was saved.
 
+        The folder may also be that of a model that was saved with a prefix attached, as a Trainer's
+        checkpoint is. Its weights do not say everything of the prefix: a warning names what.
+
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, of another format, or the two do not fit together.
         """
         folder = Path(path)
+        if not (folder / CONFIG_FILE).is_file() and (found := _attached(folder)) is not None:
+            return found
         kind = read_config(folder).get("kind")
         if not isinstance(kind, str) or kind not in cls._kinds:
             raise ValueError(
@@ -394,6 +399,21 @@ class Prefix(PrefixSource):
 
 
 Prefix._kinds["prefix"] = Prefix
+
+
+def _attached(folder: Path) -> Prefix | None:
+    """The prefix among a model's weights; None where the folder holds no such weights."""
+    from prefixattn.checkpoints.attached import is_attached, load_attached
+
+    if not is_attached(folder):
+        return None
+    found = load_attached(folder)
+    if not isinstance(found, Prefix):
+        raise ValueError(
+            f"{folder} holds prefixes of several parts of an encoder-decoder: read them by "
+            "EncoderDecoderPrefix.from_pretrained"
+        )
+    return found
 
 
 def frozen_names(i: int) -> tuple[str, str]:

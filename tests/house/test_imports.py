@@ -55,14 +55,17 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "stored": ("torch safetensors files layers", ""),
     "initialise": ("torch layers", "integrations.*"),
     "ranks": ("torch", "deepspeed"),
-    "prefix": ("torch scalars files initialise kept layers ranks stored", "deepspeed"),
+    "prefix": (
+        "torch scalars files initialise kept layers ranks stored",
+        "deepspeed checkpoints.*",
+    ),
     "projected": ("torch files initialise layers prefix stored", ""),
     "gated": ("torch files initialise layers prefix stored", ""),
     "external": ("torch in_use initialise kept layers", ""),
     "positions": ("torch scalars initialise prefix projected", "integrations.*"),
     "tables": ("torch kept layers", ""),
     "bank": ("torch scalars gated in_use kept layers prefix ranks stored tables", ""),
-    "encoder_decoder": ("torch bank files layers prefix stored", ""),
+    "encoder_decoder": ("torch bank files layers prefix stored", "checkpoints.*"),
     "distill": ("torch scalars", ""),
     "distributed": ("distributed.layout distributed.ring", ""),
     "distributed.layout": ("torch", ""),
@@ -98,8 +101,8 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "__main__": ("cli", ""),
     "integrations": ("", "integrations.*"),
     "integrations.*": (
-        f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix ranks checkpoints.* "
-        "integrations.*",
+        f"torch {FRAMEWORKS} . api choose encoder_decoder kept layers prefix ranks stored "
+        "checkpoints.* integrations.*",
         "",
     ),
     "demo.*": (
