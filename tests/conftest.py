@@ -48,7 +48,12 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two busy cores make any single example late now and then; that says nothing about the code.
-hypothesis.settings.register_profile("prefixattn", deadline=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "prefixattn",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("prefixattn")
 
 
