@@ -23,10 +23,11 @@ def attach(
 ) -> "Handle":
     """Give ``model`` a prefix, in place; its KV cache goes on holding sequence tokens only.
 
-    The model's classes are left alone: its attention implementation is set to ``"prefixattn"`` and
-    hooks carry the prefix. Everything else (``generate``, ``Trainer``, checkpointing, static
-    caches, ``torch.compile``) is called as before. To learn about the model, one forward of two
-    tokens is run, in evaluation mode and without gradients.
+    Its attention implementation is set to ``"prefixattn"``, and hooks carry the prefix. A few
+    modules get a subclass of their own class until ``detach``: Bloom's attention and its like,
+    layers that hand no keywords on, and a ``PeftModel``. Everything else (``generate``,
+    ``Trainer``, checkpointing, static caches, ``torch.compile``) is called as before. To learn
+    about the model, one forward of two tokens is run, in evaluation mode and without gradients.
 
     Args:
         model: a transformers model whose layers go through transformers' attention interface (or
