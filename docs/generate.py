@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks/results"
 CPU, METHODS = "cpu-zen4-2cores.jsonl", "methods-zen4-2cores.jsonl"
-SERVING = "serving-zen4-2cores.json"
+SERVING, DROPIN = "serving-zen4-2cores.json", "dropin-zen4-2cores.json"
 DEMO, CARTRIDGE = "demo-cpu-zen4-2cores.json", "cartridge-zen4-2cores.json"
 PART = re.compile(r"(<!-- made: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -46,6 +46,38 @@ def dropin() -> str:
         results = json.loads(path.read_text())
         parts.append(f"{_origin(path)}\n\n{markdown(results['rows'])}")
     return "\n\n".join(parts)
+
+
+def dropin_cost() -> str:
+    """What a decoded token costs more than from a cache that holds the text, in words."""
+    from benchmarks.dropin import NARROW, WIDE
+
+    results = json.loads((RESULTS / DROPIN).read_text())
+    tokens = [row for row in results["rows"] if row["what"] == "decoded token"]
+
+    def more(way: str, hidden: int) -> float:
+        """The most milliseconds."""
+        found = [row["ms"] for row in tokens if row["hidden"] == hidden]
+        return max(ms[way][0] - ms["text in cache"][0] for ms in found)
+
+    def longer(layers: int, hidden: int) -> float:
+        """How much of the time, for one prefix and one row."""
+        found = [
+            row["ms"]
+            for row in tokens
+            if (row["layers"], row["hidden"], row["B"]) == (layers, hidden, 1)
+        ]
+        return max(ms["ours"][0] / ms["text in cache"][0] - 1 for ms in found)
+
+    one, bank = (f"{more(way, NARROW):.1f} ms" for way in ("ours", "ours, bank"))
+    four, many, wide = (f"{longer(*size):.0%}" for size in ((4, NARROW), (32, NARROW), (8, WIDE)))
+    return (
+        f"{_origin(RESULTS / DROPIN)} a decoded token takes up to {one} longer with one prefix, "
+        f"and {bank} with a bank, than with the prefix's text in the cache, where layers are next "
+        f"to empty. In one row with one prefix it takes {four} longer in four such layers, and "
+        f"{many} in 32. In eight layers of {WIDE} numbers it takes at most {wide} longer, and less "
+        "time than such a cache where batches are larger or prefixes longer."
+    )
 
 
 def bench() -> str:
@@ -106,7 +138,10 @@ def serving() -> str:
     head = (
         f"{found['processor']}, {found['threads']} threads, vLLM {found['vllm']}, {found['date']}"
     )
-    return f"{_origin(path)}\n\n{head}\n\n{markdown(found['rows'])}"
+    seconds = {row["way"]: row["seconds"] for row in found["rows"]}
+    longer = seconds["adapters"] / seconds["no adapters"] - 1
+    said = f"A later round with adapters takes {longer:.0%} longer than one with none."
+    return f"{_origin(path)}\n\n{head}\n\n{markdown(found['rows'])}\n\n{said}"
 
 
 def demo() -> str:
@@ -203,6 +238,7 @@ def _origin(path: Path) -> str:
 MAKERS: dict[str, Callable[[], str]] = {
     "formats": formats,
     "dropin": dropin,
+    "dropin-cost": dropin_cost,
     "bench": bench,
     "readme": readme,
     "targets": targets,

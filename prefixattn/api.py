@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefixattn import quick
-from prefixattn.choose import choose, explanation
+from prefixattn import quick, scalars
+from prefixattn.choose import choose, explanation, recorded
 from prefixattn.operands import check_layout
 from prefixattn.ops import attention
 from prefixattn.philox import new_seed
@@ -128,12 +128,14 @@ def prefix_attention(
                 return (out, lse) if return_lse else out
     # Not before the short way: a dictionary of all arguments costs half a microsecond.
     arguments: dict[str, Any] = dict(zip(ARGUMENTS, map(locals().get, ARGUMENTS), strict=True))
+    return_lse = scalars.plain(return_lse)
     if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
+        raise TypeError(f"return_lse: expected a bool, got {scalars.kind(return_lse)}")
     problem = make_problem(**arguments)
     if problem.dropout_p > 0:
         problem = replace(problem, dropout_seed=new_seed(query.device))
-    out, lse, _ = attention(problem, choose(implementation, problem))
+    find = choose if quick.unwatched() else recorded
+    out, lse, _ = attention(problem, find(implementation, problem))
     return (out, lse) if return_lse else out
 
 
@@ -321,22 +323,24 @@ def make_problem(
 
 
 def _check_numbers(options: dict[str, Any]) -> None:
+    """Hold the numbers to their types; those of NumPy become Python's."""
+    whole = int | torch.SymInt
     for names, types, what in (
         (("scale", "softcap"), int | float | None, "a number or None"),
         (("dropout_p",), int | float, "a number"),
-        (("window", "max_seqlen_q", "max_seqlen_k"), int | None, "an int or None"),
-        (("query_offset",), int | Tensor | None, "an int, an int tensor or None"),
+        (("window", "max_seqlen_q", "max_seqlen_k"), whole | None, "an int or None"),
+        (("query_offset",), whole | Tensor | None, "an int, an int tensor or None"),
     ):
         for name in names:
-            option = options[name]
+            option = options[name] = scalars.plain(options[name])
             if isinstance(option, bool) or not isinstance(option, types):
-                raise TypeError(f"{name}: expected {what}, got {type(option).__name__}")
+                raise TypeError(f"{name}: expected {what}, got {scalars.kind(option)}")
             if isinstance(option, int) and not -(2**62) < option < 2**62:
                 raise ValueError(f"{name}: expected a number within 2^62, got {option}")
     for name in ("is_causal", "deterministic"):
-        option = options[name]
+        option = options[name] = scalars.plain(options[name])
         if not isinstance(option, bool) and not (option is None and name == "deterministic"):
-            raise TypeError(f"{name}: expected a bool, got {type(option).__name__}")
+            raise TypeError(f"{name}: expected a bool, got {scalars.kind(option)}")
 
 
 def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Many prefixes beside one model, of which each row of a forward reads its own."""
 
 import functools
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +24,7 @@ from prefixattn.layers import (
     spread,
 )
 from prefixattn.prefix import Prefix
+from prefixattn.scalars import integer
 from prefixattn.stored import CONFIG_FILE, StoredPrefix
 from prefixattn.tables import Entry, Pairs, Tables, side_by_side
 
@@ -95,9 +95,9 @@ class PrefixBank(PrefixSource):
         budget_bytes: int | None = None,
     ) -> None:
         super().__init__()
-        check_count("capacity", capacity)
+        capacity = check_count("capacity", capacity)
         if budget_bytes is not None:
-            check_count("budget_bytes", budget_bytes)
+            budget_bytes = check_count("budget_bytes", budget_bytes)
         self.names: list[str] = []
         self.members = nn.ModuleDict()  # those that are modules, by their place in names
         self._stored: dict[int, StoredPrefix] = {}  # those in folders
@@ -295,7 +295,7 @@ class PrefixBank(PrefixSource):
     def _entry(self, row: Row) -> Entry:
         if isinstance(row, Sequence) and not isinstance(row, str):
             return tuple(self._place(member) for member in row)
-        none = row is None or (not isinstance(row, str) and row == -1)
+        none = row is None or (not isinstance(row, str) and _index(row) == -1)
         return () if none else (self._place(row),)
 
     def _place(self, member: Any) -> int:
@@ -305,9 +305,10 @@ class PrefixBank(PrefixSource):
                 raise KeyError(f"no bank member is named {member!r}; there are {self.names[:8]}")
             place = self.names.index(member)
         else:
-            if isinstance(member, bool) or not hasattr(member, "__index__"):
+            found = _index(member)
+            if found is None:
                 raise TypeError(f"a bank member must be given by place or name, got {member!r}")
-            place = operator.index(member)
+            place = found
             if not 0 <= place < len(self.names):
                 raise IndexError(
                     f"a bank member's place must be in [0, {len(self.names)}), or a whole row -1, "
@@ -440,6 +441,13 @@ class PrefixBank(PrefixSource):
     def _spread(self, pairs: Pairs) -> list[tuple[Tensor, Tensor] | None]:
         layers = [i for i, shape in enumerate(self._layer_shapes) if shape is not None]
         return spread(pairs, layers, len(self._layer_shapes))
+
+
+def _index(member: Any) -> int | None:
+    """The integer of a number, or of a tensor or an array of one; None: it is none."""
+    if getattr(member, "ndim", None) == 0 and hasattr(member, "item"):
+        member = member.item()
+    return integer(member)
 
 
 def _folders(path: str | Path) -> dict[str, Path]:

@@ -73,7 +73,7 @@ def state() -> str:
             return f"built: {SHIPPED}"
         compiler = find_compiler()
         cached = _cached(_key(compiler))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         return str(error)
     return f"built: {cached}" if cached else f"{compiler.version} would build it at first use"
 
@@ -85,6 +85,8 @@ def _found() -> Path | BuildError:
         path = SHIPPED if SHIPPED.exists() else _cached_or_built()
     except BuildError as error:
         return error
+    except OSError as error:  # the sources cannot be read
+        return BuildError(str(error))
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
@@ -158,7 +160,8 @@ def _undamaged(folder: Path) -> Path | None:
     """The library in `folder` if there is one and it is what was built."""
     path = folder / NAME
     try:
-        if _digest(path.read_bytes()) != (folder / f"{NAME}.sha256").read_text():
+        said = (folder / f"{NAME}.sha256").read_bytes()  # a damaged one may be no text
+        if _digest(path.read_bytes()).encode() != said:
             return None
     except OSError:
         return None

@@ -17,6 +17,7 @@ class Implementation(NamedTuple):
 
     `obstacle` says why it cannot run on this machine, `refusal` why it cannot take a problem (None:
     it can), `words` how it would compute one. `obstacle` is told whether it was asked for by name.
+    `without_gradient` names the arguments whose gradients it does not compute.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Implementation(NamedTuple):
     refusal: Callable[[Problem], str | None]
     words: Callable[[Problem], str]
     built: bool = False  # the answer of `obstacle` may take a while: other questions come first
+    without_gradient: tuple[str, ...] = ()
 
 
 HAS_TRITON = find_spec("triton") is not None
@@ -46,10 +48,6 @@ def _triton_refusal(p: Problem) -> str | None:
         return "its kernels take float16, bfloat16 and float32, not float64"
     if max(p.D, p.D_v) > WIDEST_HEAD:
         return f"its kernels take head dims up to {WIDEST_HEAD}, not {max(p.D, p.D_v)}"
-    for name in ("attn_mask", "prefix_bias"):
-        bias = getattr(p, name)
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-            return f"its kernels have no gradient for {name}"
     for name in ("query", "key", "value", "prefix_key", "prefix_value"):
         if getattr(p, name).stride(2) >= LONGEST_STRIDE:
             return f"its kernels take {name} with under 2^24 numbers from a token to the next"
@@ -108,6 +106,7 @@ IMPLEMENTATIONS = (
         _triton_obstacle,
         _triton_refusal,
         lambda problem: "fused Triton kernels: prefix and sequence in one loop, where they lie",
+        without_gradient=("attn_mask", "prefix_bias"),
     ),
     Implementation("cpu", _cpu_obstacle, _cpu_refusal, _cpu_words, built=True),
     Implementation("sdpa", lambda by_name: None, _anything, _sdpa_words),
@@ -119,6 +118,8 @@ IMPLEMENTATIONS = (
     ),
 )
 NAMES = tuple(found.name for found in IMPLEMENTATIONS)
+AUTO_WITH_GRADIENTS = "auto with all gradients"
+"""What a graph says in the place of "auto" where not every implementation has its gradients."""
 
 
 def choose(implementation: str, problem: Problem | None = None) -> str:
@@ -149,12 +150,55 @@ def choose(implementation: str, problem: Problem | None = None) -> str:
     return implementation
 
 
+def recorded(implementation: str, problem: Problem) -> str:
+    """What a graph says of its implementation: "auto" is chosen where it runs, a name stays a name.
+
+    A graph that is traced, exported or compiled may run on another machine or device than this one.
+    Only while it is made is it known which gradients it will be asked for.
+
+    Raises:
+        ValueError, NotImplementedError: as `choose` does, for a name.
+    """
+    if implementation != "auto":
+        return choose(implementation, problem)
+    partial = any(_missing_gradient(found, problem) for found in IMPLEMENTATIONS)
+    return AUTO_WITH_GRADIENTS if partial else implementation
+
+
+def resolve(recorded: str, problem: Problem) -> str:
+    """The name of the implementation that an operator of a graph runs, forward and backward alike.
+
+    Args:
+        recorded: what `recorded` gave when the graph was made.
+        problem: the operator's.
+
+    Raises:
+        NotImplementedError: the graph names one that cannot run here, or not with this problem.
+    """
+    if recorded != AUTO_WITH_GRADIENTS:
+        return choose(recorded, problem)
+    complete = [found for found in IMPLEMENTATIONS if not found.without_gradient]
+    return next(found.name for found in complete if _reason(found, problem, by_name=False) is None)
+
+
+def _missing_gradient(found: Implementation, problem: Problem) -> str | None:
+    """The argument whose gradient is asked for and which the implementation does not compute."""
+    if torch.is_grad_enabled():
+        for name in found.without_gradient:
+            argument = getattr(problem, name)
+            if argument is not None and argument.requires_grad:
+                return name
+    return None
+
+
 def _reason(found: Implementation, problem: Problem | None, by_name: bool) -> str | None:
     """Why an implementation cannot run; None if it can."""
     refused = problem is not None and found.built and found.refusal(problem)
     reason = refused or found.obstacle(by_name)
     if reason is None and problem is not None:
         reason = found.refusal(problem)
+        if reason is None and (name := _missing_gradient(found, problem)):
+            reason = f"its kernels have no gradient for {name}"
     return reason
 
 

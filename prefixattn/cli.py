@@ -81,7 +81,7 @@ def convert(
     """Write a prefix in another format, whole or not at all; refuse to lose anything of it.
 
     Formats: prefixattn, peft, peft-cartridge, adaption-prompt (read only), adapterhub, cartridge,
-    ptuning-v2.
+    ptuning-v2, attached-model (read only).
     """
     from prefixattn.checkpoints import convert as convert_files
 

@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")},
 }
 COMPILERS = ("c++", "g++", "clang++")
-LONGEST = 900  # seconds until a build counts as hung
+POSIX = ("getuid", "statvfs")  # functions of `os` that the cache needs, and that Windows lacks
+LONGEST = 1800  # seconds until a build counts as hung: a machine may be busy with other work
 
 
 class BuildError(RuntimeError):
@@ -41,7 +43,7 @@ class BuildError(RuntimeError):
 
 
 class NoCompilerError(BuildError):
-    """No C++ compiler is installed."""
+    """No C++ compiler is installed, or none could build the kernels for this system."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,15 @@ def find_compiler() -> Compiler:
     """The compiler that CXX names, else the first of `COMPILERS` on the PATH.
 
     Raises:
-        NoCompilerError: none of `COMPILERS` is there.
+        NoCompilerError: none of `COMPILERS` is there, or this is no POSIX system.
         BuildError: CXX names none, or the compiler does not even say its version.
     """
+    # The sources need pthreads and dlfcn.h, too. A compiler for Windows would fail after a while.
+    if missing := [f"os.{name}" for name in POSIX if not hasattr(os, name)]:
+        raise NoCompilerError(
+            "the C++ kernels need a POSIX system such as Linux, macOS or Windows' WSL, and Python "
+            f"has no {' and no '.join(missing)} on {platform.system() or sys.platform}"
+        )
     named = os.environ.get("CXX", "").split()
     found = [path for name in named[:1] or COMPILERS if (path := shutil.which(name))]
     if not found and named:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from prefixattn.scalars import integer
+
 
 class CausalModel(Protocol):
     """What the teacher and the student are: transformers' causal models are."""
@@ -96,10 +98,11 @@ def top_k_targets(logits: Tensor, k: int) -> TopK:
     """
     _check_logits(logits)
     vocabulary = logits.shape[-1]
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k < vocabulary:
+    count = integer(k)
+    if count is None or not 1 <= count < vocabulary:
         raise ValueError(f"k must be an integer in [1, {vocabulary}), got {k!r}")
     precise = _precise(logits.detach())
-    tokens = precise.topk(k, dim=-1).indices
+    tokens = precise.topk(count, dim=-1).indices
     log_probs, rest = _split(precise, tokens)
     return TopK(tokens, log_probs, rest)
 
@@ -181,11 +184,12 @@ def lessons(
         rows: at least 1, at most ``len(study)``.
         generator: a CPU generator.
     """
-    if not 1 <= rows <= len(study):
-        raise ValueError(f"rows must be in [1, {len(study)}], got {rows}")
+    count = integer(rows)
+    if count is None or not 1 <= count <= len(study):
+        raise ValueError(f"rows must be an integer in [1, {len(study)}], got {rows!r}")
     while True:
         order = torch.randperm(len(study), generator=generator).to(study.input_ids.device)
-        for chosen in order[: len(order) // rows * rows].split(rows):
+        for chosen in order[: len(order) // count * count].split(count):
             yield study[chosen], TopK(*(part[chosen] for part in targets))
 
 

@@ -33,7 +33,7 @@ class EncoderDecoderPrefix(nn.Module):
     Each may be of any kind: a `Prefix`, a `PrefixBank`, an `ExternalPrefix`.
 
     Raises:
-        ValueError: no part was given.
+        ValueError: no part was given, or two parts have the same parameters.
         TypeError: a part is no prefix.
     """
 
@@ -50,13 +50,14 @@ class EncoderDecoderPrefix(nn.Module):
                 raise TypeError(f"{name} must be a Prefix, got a {type(prefix).__name__}")
             if prefix is not None:
                 self.add_module(name, prefix)
+        _check_apart(self.parts)
         if not self.parts:
             raise ValueError(f"one of {', '.join(PARTS)} must be given, got none")
 
     @property
     def parts(self) -> dict[str, PrefixSource]:
         """The prefixes that there are, by part."""
-        return {name: p for name, p in self.named_children() if isinstance(p, PrefixSource)}
+        return {name: p for name, p in self._modules.items() if isinstance(p, PrefixSource)}
 
     @property
     def positions(self) -> Positions:
@@ -133,17 +134,43 @@ class EncoderDecoderPrefix(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "EncoderDecoderPrefix":
-        """The prefixes saved in the folder ``path``.
+        """The prefixes saved in the folder ``path``, or with a model that they were attached to.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or of another format.
         """
         folder = Path(path)
+        if not (folder / CONFIG_FILE).is_file() and (found := _attached(folder)) is not None:
+            return found
         names = read_json(folder / CONFIG_FILE).get("parts")
         if not isinstance(names, list) or not names or any(n not in PARTS for n in names):
             raise ValueError(f"{folder / CONFIG_FILE}: parts must be some of {PARTS}, got {names}")
         return cls(**{name: _read(folder / name) for name in names})
+
+
+def _check_apart(parts: dict[str, PrefixSource]) -> None:
+    """Raise where two parts train the same numbers: no file of a model or of a prefix says so."""
+    owners: dict[int, str] = {}
+    for name, prefix in parts.items():
+        for parameter in prefix.parameters():
+            owner = owners.setdefault(id(parameter), name)
+            if owner != name:
+                raise ValueError(
+                    f"{name} and {owner} must be prefixes of their own, got parameters that they "
+                    "share, which saved files could not keep so: give one of them a "
+                    "copy.deepcopy of the other's"
+                )
+
+
+def _attached(folder: Path) -> EncoderDecoderPrefix | None:
+    """The prefixes among a model's weights; None where the folder holds no such weights."""
+    from prefixattn.checkpoints.attached import is_attached, load_attached
+
+    if not is_attached(folder):
+        return None
+    found = load_attached(folder)
+    return found if isinstance(found, EncoderDecoderPrefix) else EncoderDecoderPrefix(decoder=found)
 
 
 def _remove_prefix(folder: Path) -> None:

@@ -15,6 +15,7 @@ from prefixattn.layers import (
     PrefixSource,
     check_count,
     check_layers,
+    check_shapes,
     describe,
     spread,
 )
@@ -44,14 +45,14 @@ class ExternalPrefix(PrefixSource):
         num_layers: int | None = None,
     ) -> None:
         super().__init__()
-        if not shapes:
+        if not len(shapes):
             raise ValueError("shapes must name at least one layer, got none")
-        check_count("num_tokens", num_tokens)
+        self._num_tokens = check_count("num_tokens", num_tokens)
         if layers is not None and num_layers is None:
             raise ValueError("num_layers must be given with layers, got None")
-        self._shapes = [LayerShape(*shape) for shape in shapes]
-        self._num_tokens = num_tokens
-        self._num_layers = len(shapes) if num_layers is None else num_layers
+        self._shapes = check_shapes(shapes)
+        count = len(shapes) if num_layers is None else num_layers
+        self._num_layers = check_count("num_layers", count)
         self.layers = check_layers(layers, self._num_layers, len(shapes))
         self._uses: InUse[list[tuple[Tensor, Tensor]]] = InUse(type(self).__name__)
         self._ready: Kept[PrefixBatch] = Kept()

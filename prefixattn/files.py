@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,6 +72,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:
         return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def open_tensors(path: Path) -> Any:
+    """The safetensors file ``path``, mapped into memory: see `safetensors.safe_open`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated or is not safetensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 

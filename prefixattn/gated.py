@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prefixattn.files import check_floating
 from prefixattn.initialise import Start, master_copy
-from prefixattn.layers import Options, Positions, Training, describe, spread
+from prefixattn.layers import Options, Positions, Training, check_count, describe, spread
 from prefixattn.prefix import Prefix
 from prefixattn.stored import TENSORS_FILE, StoredPrefix
 
@@ -62,7 +62,8 @@ class GatedPrefix(Prefix, kind="gated"):
                 f"num_heads must hold one number for each of {len(keys)} layers with a prefix, got "
                 f"{list(num_heads)}"
             )
-        gates = [key.new_zeros(heads) for key, heads in zip(keys, num_heads, strict=True)]
+        counts = [check_count(f"num_heads[{i}]", heads) for i, heads in enumerate(num_heads)]
+        gates = [key.new_zeros(heads) for key, heads in zip(keys, counts, strict=True)]
         return cls(
             keys,
             values,

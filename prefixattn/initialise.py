@@ -1,12 +1,13 @@
 """How a prefix starts: from a text, from random text, from random numbers."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefixattn.layers import LayerShape, check_count, check_layers, describe
+from prefixattn.layers import LayerShape, check_count, check_layers, check_number, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,9 +63,7 @@ def start_at_random(
     places: Places, num_tokens: int, std: float, generator: torch.Generator | None
 ) -> Start:
     """See `prefixattn.Prefix.random`."""
-    check_count("num_tokens", num_tokens)
-    if not std >= 0:
-        raise ValueError(f"std must be at least 0, got {std}")
+    num_tokens, std = check_count("num_tokens", num_tokens), check_number("std", std, 0, math.inf)
     keys, values = [], []
     for shape, like in zip(places.shapes, places.like, strict=True):
         draws = [
@@ -101,7 +100,7 @@ def random_text(
 
     Special are the ids that the configuration names: its ``*_token_id`` and their like.
     """
-    check_count("num_tokens", num_tokens)
+    num_tokens = check_count("num_tokens", num_tokens)
     config = model.config.get_text_config()
     size = getattr(config, "vocab_size", None)
     if not isinstance(size, int):
@@ -151,7 +150,7 @@ def _token_row(input_ids: Tensor, num_tokens: int | None) -> Tensor:
         )
     if num_tokens is None:
         return row
-    check_count("num_tokens", num_tokens)
+    num_tokens = check_count("num_tokens", num_tokens)
     if row.shape[1] < num_tokens:
         raise ValueError(
             f"input_ids must hold at least num_tokens = {num_tokens} tokens, got {row.shape[1]}"

@@ -1,10 +1,13 @@
 """The layers of a prefix: their shapes, their order in one flat tensor, and the rules they keep."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 from torch import Tensor, nn
+
+from prefixattn.scalars import integer, real
 
 T = TypeVar("T")
 
@@ -112,10 +115,33 @@ def split_layers(flat: Tensor, shapes: Sequence[LayerShape]) -> list[tuple[Tenso
     return pairs
 
 
-def check_count(name: str, count: int) -> None:
-    """Raise unless ``count`` is a positive integer; ``name`` is the argument it came in."""
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+def check_count(name: str, count: Any) -> int:
+    """``count``, which must be a positive integer; ``name`` is the argument it came in."""
+    found = integer(count)
+    if found is None or found < 1:
         raise ValueError(f"{name} must be a positive integer, got {count!r}")
+    return found
+
+
+def check_number(name: str, number: Any, low: float, high: float) -> float:
+    """``number``, which must be in ``[low, high)``; ``name`` is the argument it came in."""
+    found = real(number)
+    if found is None or not low <= found < high:
+        expected = f"at least {low}" if high == math.inf else f"in [{low}, {high})"
+        raise ValueError(f"{name} must be {expected}, got {number!r}")
+    return float(found)
+
+
+def check_shapes(shapes: Iterable[LayerShape]) -> list[LayerShape]:
+    """What each layer asks for, whose numbers must be positive integers."""
+    found = []
+    for i, shape in enumerate(shapes):
+        if len(shape) != len(LayerShape._fields):
+            expected = ", ".join(LayerShape._fields)
+            raise ValueError(f"shapes[{i}] must be ({expected}), got {shape!r}")
+        numbers = zip(LayerShape._fields, shape, strict=True)
+        found.append(LayerShape(*(check_count(f"shapes[{i}].{n}", x) for n, x in numbers)))
+    return found
 
 
 def check_layers(
@@ -128,11 +154,11 @@ def check_layers(
         num_layers: layers of the model.
         count: how many there must be, where that is known: one for each of the keys.
     """
-    check_count("num_layers", num_layers)
-    chosen = list(range(num_layers)) if layers is None else list(layers)
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in chosen)
-    if not whole or not chosen or chosen != sorted(set(chosen)):
-        raise ValueError(f"layers must be increasing integers, at least one, got {chosen}")
+    num_layers = check_count("num_layers", num_layers)
+    given = list(range(num_layers)) if layers is None else list(layers)
+    chosen = [layer for layer in map(integer, given) if layer is not None]
+    if len(chosen) != len(given) or not chosen or chosen != sorted(set(chosen)):
+        raise ValueError(f"layers must be increasing integers, at least one, got {given}")
     if chosen[0] < 0 or chosen[-1] >= num_layers:
         raise ValueError(f"layers must be in [0, {num_layers}), got {chosen}")
     if count is not None and len(chosen) != count:

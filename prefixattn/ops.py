@@ -1,6 +1,7 @@
 """The operators `prefixattn::attention` and `prefixattn::attention_backward`.
 
-One schema for all implementations: the fields of `Problem` and the implementation's name. The
+One schema for all implementations: the fields of `Problem` and the implementation's name, or "auto"
+where a graph was recorded that may run on another machine than the one it was made on. The
 backward is an operator of its own, so that compilers and DTensor can see and dispatch it. It takes
 the output and the log-sum-exp it starts from as arguments, which ring and context parallelism need;
 `lse_rest` is what rounding took from `lse` (see `prefixattn.gradients`).
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from prefixattn import quick
+from prefixattn.choose import resolve
 from prefixattn.operands import is_batched, readable
 from prefixattn.problem import (
     DIFFERENTIABLE,
@@ -67,7 +69,7 @@ def attention(problem: Problem, implementation: str) -> tuple[Tensor, Tensor, Te
 
     Args:
         problem: a checked problem.
-        implementation: a chosen implementation's name, not "auto".
+        implementation: what `choose.choose` or, for a graph, `choose.recorded` gave.
 
     Returns:
         `out [B, H, M, D_v]` and `lse [B, H, M]`, both differentiable, and `lse_rest [B, H, M]`.
@@ -98,7 +100,8 @@ def _refuse_transforms(problem: Problem) -> None:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_forward(Problem(*arguments[:-1]), arguments[-1])
+    problem = Problem(*arguments[:-1])
+    return _run_forward(problem, resolve(arguments[-1], problem))
 
 
 def _run_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +122,8 @@ def _backward(
     *arguments: Any,
 ) -> list[Tensor]:
     upstream = (dout, dlse, out, lse, lse_rest)
-    return _run_backward(*upstream, Problem(*arguments[:-2]), *arguments[-2:])
+    problem, (implementation, wanted) = Problem(*arguments[:-2]), arguments[-2:]
+    return _run_backward(*upstream, problem, resolve(implementation, problem), wanted)
 
 
 def _gradient(*arguments: Any) -> Tensor:

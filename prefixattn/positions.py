@@ -8,6 +8,7 @@ import torch
 from prefixattn.initialise import random_text
 from prefixattn.prefix import Prefix, frozen_names
 from prefixattn.projected import ProjectedPrefix
+from prefixattn.scalars import integer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,10 +50,11 @@ def move_prefix(prefix: T, model: "PreTrainedModel", by: int, *, part: str | Non
         raise TypeError("prefix must hold its keys, got a ProjectedPrefix: move prefix.folded()")
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix must be a prefixattn.Prefix, got a {type(prefix).__name__}")
-    if not isinstance(by, int) or isinstance(by, bool):
+    places = integer(by)
+    if places is None:
         raise TypeError(f"by must be an integer, got {by!r}")
     text = random_text(check_model(model), PROBE_TOKENS, torch.Generator().manual_seed(0))
-    layers = find_rotations(model, text[None], max(abs(by), prefix.num_tokens), part)
+    layers = find_rotations(model, text[None], max(abs(places), prefix.num_tokens), part)
     check_shapes(prefix, [site for site, _ in layers], layers[0][0].part)
     with torch.inference_mode(False), torch.no_grad():  # what is copied there could never train
         moved = copy.deepcopy(prefix)
@@ -61,5 +63,5 @@ def move_prefix(prefix: T, model: "PreTrainedModel", by: int, *, part: str | Non
             if prefix.num_frozen_tokens:
                 keys.append(moved.get_buffer(frozen_names(i)[0]))
             for key in keys:
-                key.copy_(layers[layer][1].turned(key, by))
+                key.copy_(layers[layer][1].turned(key, places))
     return moved

@@ -24,11 +24,14 @@ from prefixattn.layers import (
     PrefixBatch,
     PrefixSource,
     Training,
+    check_count,
     check_layers,
+    check_number,
     check_pairs,
     spread,
 )
 from prefixattn.ranks import whole
+from prefixattn.scalars import integer
 from prefixattn.stored import (
     CONFIG_FILE,
     ENCODER_DECODER_FILE,
@@ -102,10 +105,11 @@ class Prefix(PrefixSource):
         super().__init__()
         check_pairs(keys, values)
         self._place(layers, num_layers, len(keys), dropout)
-        count, num_tokens = num_frozen_tokens, keys[0].shape[1]
-        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < num_tokens:
+        count, num_tokens = integer(num_frozen_tokens), keys[0].shape[1]
+        if count is None or not 0 <= count < num_tokens:
             raise ValueError(
-                f"num_frozen_tokens must be in [0, {num_tokens}), fewer than all, got {count!r}"
+                f"num_frozen_tokens must be in [0, {num_tokens}), fewer than all, got "
+                f"{num_frozen_tokens!r}"
             )
         self.num_frozen_tokens = count
         self._joined: Kept[list[tuple[Tensor, Tensor]]] = Kept()
@@ -124,11 +128,9 @@ class Prefix(PrefixSource):
         """Check and keep what is common to all kinds of prefixes."""
         if layers is not None and num_layers is None:
             raise ValueError("num_layers must be given with layers, got None")
-        self._num_layers = count if num_layers is None else num_layers
+        self._num_layers = check_count("num_layers", count if num_layers is None else num_layers)
         self.layers = check_layers(layers, self._num_layers, count)
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
-        self.dropout = float(dropout)
+        self.dropout = check_number("dropout", dropout, 0, 1)
         self._ready: Kept[PrefixBatch] = Kept()
 
     @property
@@ -349,11 +351,16 @@ class Prefix(PrefixSource):
     def from_pretrained(cls, path: str | Path) -> "Prefix":
         """The prefix saved in the folder ``path``, of the kind that was saved.
 
+        The folder may also be that of a model that was saved with a prefix attached, as a Trainer's
+        checkpoint is. Its weights do not say everything of the prefix: a warning names what.
+
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, of another format, or the two do not fit together.
         """
         folder = Path(path)
+        if not (folder / CONFIG_FILE).is_file() and (found := _attached(folder)) is not None:
+            return found
         kind = read_config(folder).get("kind")
         if not isinstance(kind, str) or kind not in cls._kinds:
             raise ValueError(
@@ -393,6 +400,21 @@ class Prefix(PrefixSource):
 
 
 Prefix._kinds["prefix"] = Prefix
+
+
+def _attached(folder: Path) -> Prefix | None:
+    """The prefix among a model's weights; None where the folder holds no such weights."""
+    from prefixattn.checkpoints.attached import is_attached, load_attached
+
+    if not is_attached(folder):
+        return None
+    found = load_attached(folder)
+    if not isinstance(found, Prefix):
+        raise ValueError(
+            f"{folder} holds prefixes of several parts of an encoder-decoder: read them by "
+            "EncoderDecoderPrefix.from_pretrained"
+        )
+    return found
 
 
 def frozen_names(i: int) -> tuple[str, str]:

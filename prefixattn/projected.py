@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prefixattn.files import check_floating, read_number
 from prefixattn.initialise import Start, places_in
-from prefixattn.layers import LayerShape, Training, check_count, split_layers
+from prefixattn.layers import LayerShape, Training, check_count, check_shapes, split_layers
 from prefixattn.prefix import Prefix
 from prefixattn.stored import CONFIG_FILE, TENSORS_FILE, StoredPrefix
 
@@ -64,17 +64,14 @@ class ProjectedPrefix(Prefix, kind="projected"):
         num_layers: int | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        if not shapes:
+        if not len(shapes):
             raise ValueError("shapes must name at least one layer, got none")
-        for name, count in (
-            ("num_tokens", num_tokens),
-            ("embedding_dim", embedding_dim),
-            ("hidden_dim", hidden_dim),
-        ):
-            check_count(name, count)
+        num_tokens = check_count("num_tokens", num_tokens)
+        embedding_dim = check_count("embedding_dim", embedding_dim)
+        hidden_dim = check_count("hidden_dim", hidden_dim)
         self._place(layers, num_layers, len(shapes), dropout)
         self.num_frozen_tokens = 0
-        self._own_shapes = [LayerShape(*shape) for shape in shapes]
+        self._own_shapes = check_shapes(shapes)
         self.embedding = nn.Embedding(num_tokens, embedding_dim)
         self.transform = nn.Sequential(
             _Affine(embedding_dim, hidden_dim),

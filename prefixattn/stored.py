@@ -7,15 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefixattn.files import DTYPES, MOST_LAYERS, check_floating, read_json, read_number
+from prefixattn.files import (
+    DTYPES,
+    MOST_LAYERS,
+    check_floating,
+    open_tensors,
+    read_json,
+    read_number,
+)
 from prefixattn.layers import LayerShape, Positions, check_layers, spread
 
 TENSORS_FILE = "prefix.safetensors"
 CONFIG_FILE = "prefix_config.json"
 ENCODER_DECODER_FILE = "encoder_decoder_prefix.json"
+BESIDE = "prefix"
+"""The subfolder in which a PeftModel's files have the prefix beside its own adapters."""
 SAVED_WITH = "prefix_config"
 """Of the tensors' metadata, what the JSON file beside them says."""
 FORMAT = "prefixattn"
@@ -57,7 +65,7 @@ class StoredPrefix:
         file = folder / TENSORS_FILE
         stamp = _stamp(file)
         num_layers = read_number(config, "num_layers", source)
-        with _opened(file) as tensors:
+        with open_tensors(file) as tensors:
             _check_saved_together(config, tensors.metadata() or {}, folder)
             names = [name for name in tensors.keys() if name.startswith("layers.")]  # noqa: SIM118
             layers = _layers(config, num_layers, len(names), source)
@@ -88,7 +96,7 @@ class StoredPrefix:
         names = [f"layers.{layer}.{part}" for layer in self.layers for part in ("key", "value")]
         if _stamp(file) != self.stamp:
             raise ValueError(f"{file} has changed since it was opened")
-        with _opened(file) as tensors:
+        with open_tensors(file) as tensors:
             found = [tensors.get_tensor(name) for name in names]
         for name, tensor in zip(names, found, strict=True):
             check_floating(name, tensor, file)
@@ -96,7 +104,7 @@ class StoredPrefix:
 
     def others(self) -> dict[str, Tensor]:
         """The tensors that are no layers, by name."""
-        with _opened(self.folder / TENSORS_FILE) as tensors:
+        with open_tensors(self.folder / TENSORS_FILE) as tensors:
             names = [name for name in tensors.keys() if not name.startswith("layers.")]  # noqa: SIM118
             return {name: tensors.get_tensor(name) for name in names}
 
@@ -131,8 +139,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The JSON file of a saved prefix, if it is of our format."""
     source = folder / CONFIG_FILE
     if not source.is_file() and folder.exists():
+        beside = folder / BESIDE  # where an attached PeftModel of another kind saves it
+        other = f"there is one in {beside}" if (beside / CONFIG_FILE).is_file() else ""
         raise FileNotFoundError(
-            f"no {CONFIG_FILE} in {folder}; prefixattn.checkpoints.load reads other formats"
+            f"no {CONFIG_FILE} in {folder}; "
+            f"{other or 'prefixattn.checkpoints.load reads other formats'}"
         )
     config = read_json(source)
     if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
@@ -207,16 +218,6 @@ def _shape(
             f"{folder}: num_tokens is {num_tokens}, but the tensors hold {key[1]} tokens"
         )
     return LayerShape(key[0], key[2], value[2])
-
-
-def _opened(file: Path) -> Any:
-    """The file, mapped into memory."""
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file.name} in {file.parent}")
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def _stamp(file: Path) -> tuple[int, ...]:

@@ -37,6 +37,9 @@ UPSTREAM: dict[str, dict[str, str]] = {
     },
 }
 
+# What all tests share. Not the folder `tests`, whose folders have names of packages, like `vllm`.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
 
@@ -49,7 +52,12 @@ if not HAS_GPU:
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 # Two busy cores make any single example late now and then; that says nothing about the code.
-hypothesis.settings.register_profile("prefixattn", deadline=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "prefixattn",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("prefixattn")
 
 

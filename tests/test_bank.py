@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -299,7 +300,7 @@ def test_another_thread_sees_what_is_in_use(members: list[Prefix]) -> None:
     with bank.use([2]):
         thread = threading.Thread(target=generate)
         thread.start()
-        thread.join(timeout=60)
+        thread.join(PATIENCE)
     torch.testing.assert_close(found[0], expected([(members[2],)]))
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from typer.testing import CliRunner
 
 from prefixattn import Prefix, build, cli
@@ -22,6 +26,42 @@ def test_info_names_every_implementation_and_why() -> None:
     assert "C++ kernels" in result.output
     assert build.state() in result.output
     assert 'what implementation="auto" takes' in result.output
+
+
+ON_WINDOWS = """
+import os
+del os.getuid, os.statvfs  # which Windows lacks
+import torch, typer.testing
+from prefixattn import cli, explain, prefix_attention
+q, p = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 2, 8)
+print(prefix_attention(q, q, q, p, p).shape)
+print(explain(q, q, q, p, p))
+print(typer.testing.CliRunner().invoke(cli.app, ["info"], env={"COLUMNS": "400"}).output)
+try:
+    prefix_attention(q, q, q, p, p, implementation="cpu")
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def test_a_system_without_posix_computes_by_sdpa_and_says_why(tmp_path: Path) -> None:
+    """A compiler on the PATH, as Git, conda and Perl bring one to Windows, is of no use there."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error:::prefixattn", "-c", ON_WINDOWS],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},  # nothing was built before
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shape, *said = done.stdout.splitlines()
+    assert shape == "torch.Size([1, 2, 3, 8])"
+    assert said[0] == "sdpa runs (implementation='auto')"
+    why = "the C++ kernels need a POSIX system such as Linux, macOS or Windows' WSL"
+    assert f"  cpu cannot: {why}" in done.stdout
+    assert f"'cpu' cannot run here: {why}" in said[-1]
+    assert any(line.startswith("│ C++ kernels") and why in line for line in said)
 
 
 @pytest.mark.parametrize(

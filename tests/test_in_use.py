@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from prefixattn import kept
 from prefixattn.bank import PrefixBank
@@ -56,7 +57,7 @@ def in_thread(work: Callable[[], object]) -> object:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE)
     return found[0]
 
 
@@ -146,7 +147,7 @@ def test_a_thread_that_decodes_is_not_given_what_an_inner_context_has(
 
     def step() -> object:
         steps.put(True)
-        return said.get(timeout=60)
+        return said.get(timeout=PATIENCE)
 
     thread = threading.Thread(target=decode)
     thread.start()
@@ -157,4 +158,4 @@ def test_a_thread_that_decodes_is_not_given_what_an_inner_context_has(
             assert "began under another `use`" in str(step())
         assert step() == 1
     steps.put(False)
-    thread.join(60)
+    thread.join(PATIENCE)

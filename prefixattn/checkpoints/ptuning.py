@@ -3,6 +3,9 @@
 ``prefix_encoder.embedding.weight [P, 2 * L * H * D]``, as ``[P, 2 * L, H, D]`` with the key of
 layer ``l`` at index ``2 * l`` and the value after it; or, where a network made it,
 ``prefix_encoder.embedding.weight [P, hidden]`` before ``trans``: linear, tanh, linear.
+
+ChatGLM's code keeps them in the same way. Its configurations use other names, its keys may have
+fewer heads than its queries, and its text is counted from 0, as without the prefix.
 """
 
 from pathlib import Path
@@ -11,23 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefixattn.checkpoints.pickles import read_pickle
+from prefixattn.checkpoints.weights import holds, read_marked
 from prefixattn.files import (
     check_floating,
     read_json,
     read_number,
-    read_tensors,
     single,
     write_json,
     write_tensors,
 )
-from prefixattn.layers import LayerShape, split_layers
+from prefixattn.layers import LayerShape, Positions, split_layers
 from prefixattn.prefix import Prefix
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
-PICKLE_FILE = "pytorch_model.bin"
 PREFIX = "prefix_encoder."
+CHATGLM = "chatglm"  # model_type of ChatGLM-6B and of all that came after it
 EMBEDDING = "embedding.weight"
 NETWORK = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
 
@@ -91,45 +93,50 @@ def _check_model(model: Any, shape: LayerShape) -> None:
 def load_ptuning_v2(path: str | Path) -> Prefix:
     """The prefix in the folder of a model that P-tuning v2 trained; what else is there stays there.
 
-    A network that made the prefix is folded in.
+    A network that made the prefix is folded in. The state may be one file or several, as
+    safetensors or as pickles.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, holds no such prefix, or the files do not fit together.
     """
     folder = Path(path)
-    source = folder / CONFIG_FILE
+    num_layers, shape, positions = _described(folder / CONFIG_FILE)
+    state = read_marked(folder, PREFIX)
+    for name, tensor in state.items():
+        check_floating(PREFIX + name, tensor, folder)
+    flat = _flat(state, folder)
+    if flat.ndim != 2 or flat.shape[1] != num_layers * shape.width or not len(flat):
+        raise ValueError(
+            f"{folder}: the prefix must be [P, {num_layers * shape.width}], a key and a value of "
+            f"{shape.num_heads} heads of {shape.key_dim} numbers for each of {num_layers} layers, "
+            f"got {tuple(flat.shape)}"
+        )
+    keys, values = zip(*split_layers(flat, [shape] * num_layers), strict=True)
+    prefix = Prefix(keys, values)
+    prefix.positions = positions
+    return prefix
+
+
+def is_ptuning_v2(path: Path) -> bool:
+    """Whether this is the folder of a model with such a prefix."""
+    return (path / CONFIG_FILE).is_file() and holds(path, PREFIX)
+
+
+def _described(source: Path) -> tuple[int, LayerShape, Positions]:
+    """What a configuration says: layers, what each of them asks for, where the text is counted."""
     config = read_json(source)
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    num_layers, heads, width = (read_number(config, name, source) for name in names)
+    chatglm = config.get("model_type") == CHATGLM
+    num_layers = read_number(config, "num_layers" if chatglm else "num_hidden_layers", source)
+    if chatglm and "multi_query_group_num" in config:  # from ChatGLM2 on
+        heads = read_number(config, "multi_query_group_num", source)
+        dim = read_number(config, "kv_channels", source)
+        return num_layers, LayerShape(heads, dim, dim), "keep"
+    heads, width = (read_number(config, n, source) for n in ("num_attention_heads", "hidden_size"))
     if width % heads:
         raise ValueError(f"{source}: hidden_size {width} is not a multiple of {heads} heads")
-    flat = _flat(_state(folder), folder)
-    if flat.ndim != 2 or flat.shape[1] != 2 * num_layers * width or not len(flat):
-        raise ValueError(
-            f"{folder}: the prefix must be [P, 2 * L * hidden] with L * hidden = "
-            f"{num_layers * width}, got {tuple(flat.shape)}"
-        )
     shape = LayerShape(heads, width // heads, width // heads)
-    keys, values = zip(*split_layers(flat, [shape] * num_layers), strict=True)
-    return Prefix(keys, values)
-
-
-def _state(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the prefix encoder, by their names in it."""
-    pickled = not (folder / TENSORS_FILE).is_file() and (folder / PICKLE_FILE).is_file()
-    content: Any = read_pickle(folder / PICKLE_FILE) if pickled else None
-    tensors = content if pickled else read_tensors(folder / TENSORS_FILE)
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{folder}: expected tensors by name, got a {type(tensors).__name__}")
-    found = {}
-    for name, tensor in tensors.items():
-        if isinstance(name, str) and PREFIX in name:
-            if not isinstance(tensor, Tensor):
-                raise ValueError(f"{folder}: {name} must be a tensor, got {type(tensor).__name__}")
-            check_floating(name, tensor, folder)
-            found[name.partition(PREFIX)[2]] = tensor
-    return found
+    return num_layers, shape, "keep" if chatglm else "shift"
 
 
 def _flat(state: dict[str, Tensor], folder: Path) -> Tensor:

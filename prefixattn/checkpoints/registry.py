@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from prefixattn.checkpoints.adapterhub import ARCHITECTURE, load_adapterhub, save_adapterhub
+from prefixattn.checkpoints.attached import is_attached, load_attached
 from prefixattn.checkpoints.cartridges import SUFFIXES, load_cartridge, save_cartridge
 from prefixattn.checkpoints.llama_adapter import load_adaption_prompt
 from prefixattn.checkpoints.peft import SEQ2SEQ, load_peft, save_peft
-from prefixattn.checkpoints.ptuning import load_ptuning_v2, save_ptuning_v2
+from prefixattn.checkpoints.ptuning import is_ptuning_v2, load_ptuning_v2, save_ptuning_v2
 from prefixattn.encoder_decoder import EncoderDecoderPrefix
-from prefixattn.files import read_json, read_tensors
+from prefixattn.files import read_json
 from prefixattn.layers import Positions
 from prefixattn.positions import move_prefix
 from prefixattn.prefix import Prefix
@@ -63,15 +64,6 @@ def _is_adapterhub(path: Path) -> bool:
     file = path / "adapter_config.json"
     config = read_json(file).get("config") if file.is_file() else None
     return isinstance(config, dict) and config.get("architecture") == ARCHITECTURE
-
-
-def _is_ptuning_v2(path: Path) -> bool:
-    if not (path / "config.json").is_file():
-        return False
-    file = path / "model.safetensors"
-    if not file.is_file():
-        return (path / "pytorch_model.bin").is_file()
-    return any("prefix_encoder." in name for name in read_tensors(file))
 
 
 def _load_ours(path: Path, model: Model) -> Loaded:
@@ -135,10 +127,17 @@ FORMATS = {
         ),
         Format(
             "ptuning-v2",
-            "P-tuning v2's prefix_encoder in a model's state",
-            _is_ptuning_v2,
+            "P-tuning v2's prefix_encoder in a model's state; ChatGLM's is read",
+            is_ptuning_v2,
             lambda path, model: load_ptuning_v2(path),
             lambda prefix, path, model: save_ptuning_v2(prefix, path, model),
+        ),
+        Format(
+            "attached-model",
+            "a model's own weights, saved with a prefix attached, read only",
+            is_attached,
+            lambda path, model: load_attached(path),
+            None,
         ),
     )
 }

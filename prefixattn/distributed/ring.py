@@ -17,6 +17,7 @@ from prefixattn.distributed.agreement import DTYPES, agree
 from prefixattn.distributed.blocks import Blocks, Merged
 from prefixattn.distributed.layout import chunks_of, gather_parts, in_order, lengths_of
 from prefixattn.problem import TENSORS, Problem
+from prefixattn.scalars import plain
 
 ALL = slice(None)
 FACTS = (
@@ -83,7 +84,7 @@ def ring_prefix_attention(
     def check() -> tuple[Problem, dict[str, float]]:
         if method not in ("ring", "all-gather"):
             raise ValueError(f"method: expected ring or all-gather, got {method!r}")
-        if not isinstance(return_lse, bool):
+        if not isinstance(plain(return_lse), bool):
             raise TypeError(f"return_lse: expected True or False, got {return_lse!r}")
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         banked: dict[str, Any] = {"prefix_index": prefix_index, "prefix_lengths": prefix_lengths}

@@ -23,12 +23,12 @@ def attach(
 ) -> "Handle":
     """Give ``model`` a prefix, in place; its KV cache goes on holding sequence tokens only.
 
-    Its classes, which other models have, are left alone: its modules find the attention
-    implementation ``"prefixattn"`` in their configuration, where no other model finds it, and hooks
-    bring the prefix, or its ``forward`` where that is called by itself (for which the object has a
-    subclass of its class until it is detached). Everything else (``generate``, ``Trainer``,
-    checkpointing, static caches, ``torch.compile``) is called as before. To learn about the model,
-    one forward of two tokens is run, in evaluation mode, uncompiled and without gradients.
+    Its modules find the attention implementation ``"prefixattn"`` in their configuration, where no
+    other model finds it, and hooks bring the prefix, or its ``forward`` where that is called by
+    itself. Some of its modules have a subclass of their own class until ``detach``; no class that
+    another model has is changed. Everything else (``generate``, ``Trainer``, checkpointing, static
+    caches, ``torch.compile``) is called as before. To learn about the model, one forward of two
+    tokens is run, in evaluation mode, uncompiled and without gradients.
 
     Args:
         model: a transformers model whose layers go through transformers' attention interface (or

@@ -19,8 +19,8 @@ from prefixattn.checkpoints.peft import CONFIG_FILE, PICKLE_FILE, TENSORS_FILE
 from prefixattn.integrations.derived import derive
 from prefixattn.integrations.undo import Undoing
 from prefixattn.prefix import Prefix
+from prefixattn.stored import BESIDE as FOLDER
 
-FOLDER = "prefix"
 ROOT = "default"
 """The adapter that PEFT saves in the folder itself; all others have a subfolder of their name."""
 

@@ -21,6 +21,7 @@ from prefixattn.integrations.relay import relay
 from prefixattn.integrations.survey import (
     Site,
     check_model,
+    check_not_nested,
     check_part,
     own_sites,
     survey,
@@ -126,6 +127,7 @@ class Submodule:
 def attach_prefix(model: nn.Module, prefix: nn.Module | None, options: Options) -> Handle:
     """See `prefixattn.attach`."""
     model = unwrapped(model)
+    check_not_nested(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         from prefixattn.integrations.peft import attach_peft, is_prompt_learning
 

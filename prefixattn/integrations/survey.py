@@ -203,9 +203,25 @@ def takes_keywords(module: nn.Module) -> bool:
     return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
 
 
+def check_not_nested(model: Any) -> None:
+    """Raise where a PeftModel was made of a PeftModel.
+
+    PEFT gives the inner one the configuration of a LoRA around it, and loses a prefix of its own.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else None
+    if hasattr(inner, "get_base_model"):
+        raise TypeError(
+            f"model must be one PeftModel, got a {type(model).__name__} around a "
+            f"{type(inner).__name__}: make one of the plain model, add further adapters to it by "
+            "add_adapter, and attach a prefixattn.Prefix beside them; prefixattn.checkpoints.load "
+            "reads one from PEFT's files"
+        )
+
+
 def check_model(model: Any) -> PreTrainedModel:
     """The transformers model to work on, or the reason why there is none, before anything runs."""
     model = unwrapped(model)
+    check_not_nested(model)
     if hasattr(model, "get_base_model"):  # a PeftModel around it
         model = unwrapped(model.get_base_model())
     if not isinstance(model, PreTrainedModel):

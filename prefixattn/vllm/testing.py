@@ -23,6 +23,10 @@ ENV = {
 }
 
 
+PATIENCE = 1800
+"""Seconds after which a server that does not answer counts as hung."""
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as found:
@@ -48,7 +52,7 @@ class Server:
         port: int | None = None,
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
-        seconds: float = 180,
+        seconds: float = PATIENCE,
     ) -> None:
         """Starts ``command`` with ``options``; RuntimeError with the log's end where it fails."""
         port = port or free_port()

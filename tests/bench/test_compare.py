@@ -178,21 +178,36 @@ def test_two_files_end_with_a_status(tmp_path: Path, made: Make, header: Record)
     assert "'nothing', which is neither" in neither.output
 
 
-SLOWER = """
+# Time, in a process that measures, is what its code says: each look at the clock takes a
+# millisecond, and a forward those that `_takes` gives it. The machine's own pace has no say.
+PACE = """
 
-def _slowed_down(function):
-    import functools, time
+import functools, time
 
+_now = 0.0
+
+
+def _look():
+    global _now
+    _now += 1e-3
+    return _now
+
+
+def _takes(milliseconds, function):
     @functools.wraps(function)
     def run(*arguments):
-        time.sleep(0.02)
+        global _now
+        _now += 1e-3 * milliseconds
         return function(*arguments)
 
     return run
 
 
-forward = _slowed_down(forward)
+time.perf_counter = _look
+_fast = forward
+forward = _takes(1, _fast)
 """
+SLOWER = "forward = _takes(20, _fast)\n"
 
 
 def git(folder: Path, *words: str) -> None:
@@ -218,11 +233,11 @@ def test_two_commits_of_which_one_is_slower(tmp_path: Path) -> None:
         package, repository / "prefixattn", ignore=shutil.ignore_patterns("__pycache__", "bench")
     )
     git(tmp_path, "init", "--quiet", "repository")
-    git(repository, "add", "--all")
-    git(repository, "commit", "--quiet", "--message", "before")
-    with (repository / "prefixattn" / "sdpa.py").open("a") as file:
-        file.write(SLOWER)
-    git(repository, "commit", "--quiet", "--all", "--message", "after")
+    for message, text in (("before", PACE), ("after", SLOWER)):
+        with (repository / "prefixattn" / "sdpa.py").open("a") as file:
+            file.write(text)
+        git(repository, "add", "--all")
+        git(repository, "commit", "--quiet", "--message", message)
     shape = "SmolLM2-135M:B8,M1,C255,P128,R4,bfloat16"
     options = Options(("quick",), (shape,), ("ours-sdpa",), repeats=1)
     said: list[str] = []

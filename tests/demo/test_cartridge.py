@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -321,7 +322,7 @@ def example(library, *arguments):
     command += ["--output", folder / "out", "--cache", folder / "cache", *arguments]
     wide = {**os.environ, "COLUMNS": "140"}
     return subprocess.run(
-        command, env=wide, capture_output=True, text=True, timeout=120, check=False
+        command, env=wide, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

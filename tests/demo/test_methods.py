@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("untrained base", "in context", "prompt tuning", "prefix, from text", "LoRA + prefix")
@@ -19,7 +19,7 @@ def run(*arguments, expect=0):
     # an error's frame would break its sentence where the terminal ends
     wide = {**os.environ, "COLUMNS": "4000"}
     done = subprocess.run(
-        command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == expect, done.stderr + done.stdout
     return done
@@ -107,13 +107,11 @@ def test_an_interruption_is_heard(results, folder):
     process = subprocess.Popen(
         [*command, "--cache", folder / "cache"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (folder / "cut.jsonl").exists() or "run" not in (folder / "cut.jsonl").read_text():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    file = folder / "cut.jsonl"
+    until(lambda: process.poll() is not None or (file.exists() and "run" in file.read_text()))
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "interrupted" in said
 

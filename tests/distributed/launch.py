@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-PATIENCE = 60  # seconds
+from patience import PATIENCE
 
 
 def launch(work: Callable[[], Any], world: int) -> list[Any]:
@@ -23,40 +24,46 @@ def launch(work: Callable[[], Any], world: int) -> list[Any]:
     `work` stands at the top of its file, which every process reads anew.
     """
     place = work.__code__.co_filename, work.__name__
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [
-        context.Process(target=_run, args=(place, rank, world, port, results))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(2 * PATIENCE)
-        if process.is_alive():
-            process.kill()
-    found: dict[int, Any] = {}
-    while not results.empty():
-        rank, result = results.get()
-        found[rank] = result
-    return [found.get(rank, "died") for rank in range(world)]
+    ranks = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(place, rank, world, folder, theirs))
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        found = [_told(ours) for _, ours in ranks]
+        for process, _ in ranks:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return found
 
 
-def _run(place: tuple[str, str], rank: int, world: int, port: int, results: Any) -> None:
-    named = {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(x) for name, x in named.items()}}
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE)
-    )
+def _told(pipe: Connection) -> Any:
+    """What a rank says, or that it says nothing any more."""
     try:
-        results.put((rank, runpy.run_path(place[0])[place[1]]()))
+        return pipe.recv() if pipe.poll(PATIENCE) else f"not done in {PATIENCE} s"
+    except EOFError:
+        return "died"
+
+
+def _run(place: tuple[str, str], rank: int, world: int, folder: str, pipe: Connection) -> None:
+    # DeepSpeed wants an address to be named, and connects to none: the group is there before.
+    named = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ |= {name: str(x) for name, x in (named | {"WORLD_SIZE": world}).items()}
+    torch.set_num_threads(1)
+    # The ranks meet in a file: a port that was free may be somebody else's by now.
+    store = dist.FileStore(str(Path(folder, "store")), world)
+    limit = timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    try:
+        pipe.send(runpy.run_path(place[0])[place[1]]())
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        results.put((rank, text if str(error) else traceback.format_exc()))
+        pipe.send(text if str(error) else traceback.format_exc())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -7,16 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("launched.py")
 # `accelerate launch --cpu` and a type of MULTI_CPU start one process, unless there is MPI; the type
-# that starts several leaves it to the script's Accelerator(cpu=True) what they are.
+# that starts several leaves it to the script's Accelerator(cpu=True) what they are. Port 0 is any
+# that is free: the port it takes by itself may be another test run's.
 CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_GPU
 num_machines: 1
 num_processes: 2
+main_process_port: 0
 use_cpu: true
 mixed_precision: 'no'
 """
@@ -35,7 +38,7 @@ def run(folder, way, *launcher):
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

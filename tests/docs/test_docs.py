@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from patience import until_others_sleep
 from typer.testing import CliRunner
 
 import prefixattn
@@ -113,7 +113,7 @@ def test_the_code_of_a_page_runs_from_its_top_to_its_end(page: Path, reader: Pat
                     assert result.exit_code == 0, f"{command}: {result.output}"
     # gloo's threads free a message's tensors when they come to it, which needs the interpreter; a
     # process group that is destroyed before waits for them, and does not let go of it.
-    time.sleep(0.2)
+    until_others_sleep()
 
 
 COMMANDS_SHOWN = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from torch import Tensor
 
 from prefixattn import explain, prefix_attention
@@ -230,5 +231,5 @@ def test_compute_sanitizer(tool: str, tmp_path: Path) -> None:
     script = tmp_path / "sanitized.py"
     script.write_text(SANITIZED)
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 # Hides packages the way an environment without them does: no finder knows them.
 HIDE = """
@@ -45,7 +46,7 @@ def run_fresh(code: str, cwd: Path, **env: str) -> str:
         env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

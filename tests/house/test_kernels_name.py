@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +50,7 @@ def probe(*search_path: Path) -> list[str]:
         env=env,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from patience import PATIENCE
 from torch import Tensor
 
 from prefixattn import Prefix, PrefixBank
@@ -42,7 +43,7 @@ def test_a_pickled_model_works_in_a_new_process(llama: Any, attach: Any, tmp_pat
         "    assert (model(ids).logits - logits).abs().max() < 1e-9\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import prefixattn
 from prefixattn.prefix import Prefix
 
 P = 5
@@ -332,6 +333,28 @@ def test_a_base_that_generate_compiles(llama: Any, attach: Any) -> None:
     assert torch.equal(model.generate(input_ids=llama.input_ids, **greedy), expected)
     assert not torch.equal(plain, expected)
     assert torch.equal(base.generate(input_ids=llama.input_ids, **greedy), plain)
+
+
+LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize("outer", ["lora", "prefix"])
+@pytest.mark.parametrize("inner", ["lora", "prefix"])
+@pytest.mark.filterwarnings("ignore:.*peft_config.*:UserWarning")
+def test_nested_models_are_refused_with_what_to_do(llama: Any, inner: str, outer: str) -> None:
+    configs = {"lora": peft.LoraConfig(**LORA), "prefix": peft.PrefixTuningConfig(**PREFIX)}
+    prefix, model = Prefix.zeros(llama.model, 2), llama.model
+    for name in (inner, outer):
+        model = peft.PeftModelForCausalLM(model, copy.deepcopy(configs[name]))
+    uses: list[Callable[[], object]] = [
+        lambda: prefixattn.attach(model),
+        lambda: prefixattn.attach(model, prefix),
+        lambda: Prefix.zeros(model, 2),
+        lambda: prefixattn.move_prefix(prefix, model, 1),
+    ]
+    for use in uses:
+        with pytest.raises(TypeError, match=r"one PeftModel, got a .* around a .*add_adapter"):
+            use()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from patience import PATIENCE
 from torch import Tensor
 
 from prefixattn import Prefix
@@ -40,7 +41,7 @@ def together(*works: Callable[[], object]) -> list[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(PATIENCE)
     return wrong
 
 

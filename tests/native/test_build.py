@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 
 from prefixattn import build
 
@@ -69,9 +70,11 @@ class Sandbox:
         script.chmod(0o755)
 
     def compile_on_go(self) -> None:
-        """The compiler waits until the file `go` exists, 20 s at most."""
+        """The compiler waits until the file `go` exists."""
+        looks = PATIENCE * 20
         self.compile_by(
-            f"n=0; while [ ! -e '{self.go}' ] && [ $n -lt 400 ]; do sleep 0.05; n=$((n+1)); done;"
+            f"n=0; while [ ! -e '{self.go}' ] && [ $n -lt {looks} ];"
+            " do sleep 0.05; n=$((n+1)); done;"
         )
 
     def start(self, code: str, **env: str) -> "subprocess.Popen[str]":
@@ -97,17 +100,9 @@ class Sandbox:
 
 
 def end(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return out.strip(), err.strip()
-
-
-def until(happened: Callable[[], object]) -> None:
-    for _ in range(200):
-        if happened():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen for 10 s")
 
 
 @pytest.fixture
@@ -117,7 +112,7 @@ def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     made.go.touch()
     for process in made.started:
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 def test_it_is_built_once_with_a_line_and_found_by_the_next_process(sandbox: Sandbox) -> None:
@@ -168,6 +163,31 @@ def test_without_a_compiler_there_is_a_reason_and_no_warning(sandbox: Sandbox) -
     out, err = sandbox.run(f"print(build.obstacle()); {STATE}", PATH="")
     reason = "no C++ compiler: looked for c++, g++, clang++ on the PATH"
     assert (out, err) == (f"{reason}\n{reason}", "")
+
+
+# What Python has on POSIX systems alone; Windows lacks all of it.
+LACKING = {"users": ("getuid",), "file systems": ("statvfs",), "both": ("getuid", "statvfs")}
+
+
+@pytest.mark.parametrize("names", LACKING.values(), ids=LACKING.keys())
+def test_a_system_that_is_not_posix_is_a_reason_although_it_has_a_compiler(
+    sandbox: Sandbox, names: tuple[str, ...]
+) -> None:
+    missing = "".join(f"del os.{name}\n" for name in names)
+    out, err = sandbox.run(f"{missing}print(build.obstacle()); {STATE}")
+    reason, state = out.splitlines()
+    assert reason == state
+    assert "the C++ kernels need a POSIX system such as Linux, macOS or Windows' WSL" in reason
+    assert all(f"os.{name}" in reason for name in names)
+    assert err == ""  # nobody can repair it
+    assert sandbox.compiled() == 0
+
+
+def test_what_cannot_be_read_is_a_reason(sandbox: Sandbox) -> None:
+    (sandbox.sources / "folder.h").mkdir()
+    out, err = sandbox.run(f"print(build.obstacle()); {STATE}")
+    assert out.count("Is a directory") == 2
+    assert "UserWarning: prefixattn runs without its C++ kernels: " in err
 
 
 def test_a_shipped_library_needs_no_compiler(sandbox: Sandbox) -> None:
@@ -229,7 +249,7 @@ def test_the_next_process_starts_clean_after_one_that_was_killed(sandbox: Sandbo
     killed = sandbox.start(LIBRARY)
     until(sandbox.compiled)
     killed.send_signal(signal.SIGKILL)
-    killed.wait(timeout=60)
+    killed.wait(timeout=PATIENCE)
     assert len(list(sandbox.cache.glob(".cpu-*"))) == 1
     sandbox.go.touch()
     out, err = sandbox.run("print(answer())")
@@ -244,8 +264,9 @@ def test_what_an_orphaned_compiler_still_writes_into_goes_too(sandbox: Sandbox) 
     code = f"import itertools\nfor n in itertools.count(): open(f'{left}/{{n}}', 'x')"
     orphan = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     until(lambda: len(os.listdir(left)) > 50)
-    sandbox.start(f"build._tidy(Path({str(sandbox.home)!r}), 'cpu-key')").communicate(timeout=60)
-    assert "No such file or directory" in orphan.communicate(timeout=60)[1]
+    tidy = sandbox.start(f"build._tidy(Path({str(sandbox.home)!r}), 'cpu-key')")
+    tidy.communicate(timeout=PATIENCE)
+    assert "No such file or directory" in orphan.communicate(timeout=PATIENCE)[1]
     assert list(sandbox.home.iterdir()) == []
 
 
@@ -254,7 +275,7 @@ def test_an_interrupt_ends_the_compilers_and_leaves_nothing(sandbox: Sandbox) ->
     process = sandbox.start(LIBRARY)
     until(sandbox.compiled)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=PATIENCE)
     assert "... failed" in err
     assert err.strip().endswith("KeyboardInterrupt")
     compilers = [line.split()[0] for line in sandbox.log.read_text().splitlines()]
@@ -264,9 +285,11 @@ def test_an_interrupt_ends_the_compilers_and_leaves_nothing(sandbox: Sandbox) ->
 
 def test_a_damaged_library_is_built_again(sandbox: Sandbox) -> None:
     built, _ = sandbox.run(LIBRARY)
-    Path(built).write_bytes(Path(built).read_bytes()[:5000])
-    assert "would build" in sandbox.run(STATE)[0]
-    assert sandbox.run("print(answer())")[0] == "42"
+    whole, said = Path(built).read_bytes(), Path(f"{built}.sha256")
+    for file, content in ((Path(built), whole[:5000]), (said, b"\xff\xfe")):
+        file.write_bytes(content)
+        assert "would build" in sandbox.run(STATE)[0]
+        assert sandbox.run("print(answer())")[0] == "42"
 
 
 def test_libraries_long_out_of_use_go(sandbox: Sandbox) -> None:
@@ -389,7 +412,7 @@ def test_sets_and_flags_can_be_chosen(sandbox: Sandbox) -> None:
 
 def test_a_set_that_the_machine_lacks_is_named(sandbox: Sandbox) -> None:
     process = sandbox.start("build.build(Path('own'), sets=['plain', 'sse9'])")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert "BuildError: sets: expected some of plain" in err
     assert err.strip().endswith("got sse9")
 
@@ -406,6 +429,6 @@ def test_every_source_is_where_the_package_and_its_wheels_look() -> None:
 
 def test_it_runs_as_a_module_without_a_warning() -> None:
     command = [sys.executable, "-P", "-W", "error", "-m", "prefixattn.build", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.stderr == ""
     assert "--into FOLDER" in result.stdout

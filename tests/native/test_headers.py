@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from prefixattn import build, compiler, philox
 
@@ -25,14 +26,13 @@ WITHOUT_VECTORS = {"arguments", "parallel", "philox", "rows", "schedule", WHOLE}
 SLOW = set("backward block by_lanes by_rows forward gradients prefix_attention variant".split())
 # GCC 12 finds fault with an intrinsic of its own (-Wuninitialized, in _mm256_undefined_si256).
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-uninitialized")
-LONGEST = 300  # seconds, for an emulator too
 
 Compile = Callable[..., Path]
 
 
 def run(*command: str | Path) -> str:
     """What a command prints; the message of the failure where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}"
     return done.stdout
 

@@ -1,17 +1,17 @@
 """Threads: the same bits, no more threads than torch is told to take, and no way to hang."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import patience
 import pytest
 import torch
+from patience import PATIENCE, until
 from torch import Tensor
 
 from prefixattn import build, prefix_attention
@@ -24,9 +24,6 @@ from prefixattn.testing import (
     poisoned_memory,
     run_implementation,
 )
-
-LONGEST = 120  # seconds that anything may take
-TASKS = Path("/proc/self/task")
 
 # Enough work for threads, and prefixes that several rows, or several blocks of one row, share.
 TRAINING = Case("training", B=5, H=2, H_kv=1, M=70, N=70, P=200, D=64)
@@ -116,59 +113,64 @@ def test_a_thousand_runs_are_one(tmp_path: Path) -> None:
     run_script(tmp_path, REPEATS, {**os.environ, "OMP_WAIT_POLICY": "passive"})
 
 
-def busy() -> dict[str, int]:
-    """Nanoseconds that each thread of this process has run."""
-    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in TASKS.iterdir()}
+HAS_SCHEDSTAT = Path(f"/proc/self/task/{os.getpid()}/schedstat").exists()
 
+# Who took part is told by the processor time of each thread: a thread of a team has some, however
+# late it came, and one that sleeps has none. In a process of its own nobody else wakes up.
+COUNTS = f"""
+import ctypes, sys, time
+sys.path.insert(0, {str(Path(patience.__file__).parent)!r})
+import torch
+from patience import THREADS, until_others_sleep
+from prefixattn import prefix_attention
+from prefixattn.testing import Case, make_inputs
 
-def workers(work: Callable[[], object]) -> int:
-    """How many threads shared in some work, of at least a tenth of the busiest one's share.
+def busy():
+    return {{t.name: int((t / "schedstat").read_text().split()[0]) for t in THREADS.iterdir()}}
 
-    All of them must have been there before, and be there still.
-    """
-    time.sleep(0.3)  # OpenMP's threads stop waiting busily
+def workers(work):
+    until_others_sleep()  # OpenMP's threads wait busily at first
     before, started = busy(), time.process_time_ns()
     work()
     after, spent = busy(), time.process_time_ns() - started
     assert after.keys() == before.keys()
-    shares = [after[task] - before[task] for task in after]
-    assert sum(shares) > 0.9 * spent  # the rest was done by threads that came and went
-    return sum(share > max(shares) / 10 for share in shares)
+    # The rest was done by threads that came and went.
+    assert sum(after.values()) - sum(before.values()) > 0.9 * spent
+    return sum(after[thread] > before[thread] for thread in after)
+
+inputs = make_inputs(Case("long", B=8, H=8, M=200, N=200, P=200, D=64), torch.float32)
+expected, threads = prefix_attention(**inputs, implementation="cpu"), int(sys.argv[1])
+torch.set_num_threads(threads)
+torch.randn(2**22).exp()  # torch's own have started now
+"""
+FROM_PYTHON = """
+def work():
+    for _ in range(6):
+        prefix_attention(**inputs, implementation="cpu")
+
+assert workers(work) == threads
+"""
+IN_A_REGION = """
+found = []
+region = ctypes.CDLL(None).GOMP_parallel  # the OpenMP runtime that torch brought
+job = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+    lambda _: found.extend(prefix_attention(**inputs, implementation="cpu") for _ in range(6))
+)
+assert workers(lambda: region(job, None, threads, 0)) == threads
+assert len(found) == 6 * threads
+assert all(torch.equal(expected, each) for each in found)
+"""
 
 
-HAS_SCHEDSTAT = Path(TASKS, str(os.getpid()), "schedstat").exists()
-counts_threads = pytest.mark.skipif(not HAS_SCHEDSTAT, reason="this system has no schedstat")
-LONG = Case("long", B=8, H=8, M=200, N=200, P=200, D=64)
-
-
-@counts_threads
+@pytest.mark.skipif(not HAS_SCHEDSTAT, reason="this system has no schedstat")
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_are_those_that_torch_has_and_as_many(
-    threads: int, set_threads: SetThreads
-) -> None:
-    inputs = make_inputs(LONG, torch.float32)
-    set_threads(threads)
-    torch.randn(2**22).exp()  # torch's own have started now
-
-    def work() -> None:
-        for _ in range(6):
-            prefix_attention(**inputs, implementation="cpu")
-
-    assert workers(work) == threads
+def test_threads_are_those_that_torch_has_and_as_many(threads: int, tmp_path: Path) -> None:
+    run_script(tmp_path, COUNTS + FROM_PYTHON, dict(os.environ), str(threads))
 
 
-@counts_threads
-def test_inside_a_parallel_region_it_takes_no_more_threads(set_threads: SetThreads) -> None:
-    set_threads(2)
-    inputs = make_inputs(LONG, torch.float32)
-    expected, found = prefix_attention(**inputs, implementation="cpu"), []
-    region = ctypes.CDLL(None).GOMP_parallel  # the OpenMP runtime that torch brought
-    job = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
-        lambda _: found.extend(prefix_attention(**inputs, implementation="cpu") for _ in range(6))
-    )
-    assert workers(lambda: region(job, None, 2, 0)) == 2
-    assert len(found) == 12
-    assert all(torch.equal(expected, each) for each in found)
+@pytest.mark.skipif(not HAS_SCHEDSTAT, reason="this system has no schedstat")
+def test_inside_a_parallel_region_it_takes_no_more_threads(tmp_path: Path) -> None:
+    run_script(tmp_path, COUNTS + IN_A_REGION, dict(os.environ), "2")
 
 
 def test_several_callers_at_once(set_threads: SetThreads) -> None:
@@ -179,7 +181,7 @@ def test_several_callers_at_once(set_threads: SetThreads) -> None:
         for _ in range(3):
             jobs = [pool.submit(results, inputs) for inputs in problems]
             for job, wanted in zip(jobs, expected, strict=True):
-                assert same(job.result(LONGEST), wanted)
+                assert same(job.result(PATIENCE), wanted)
 
 
 def test_a_forked_child_computes_and_ends(set_threads: SetThreads) -> None:
@@ -202,18 +204,24 @@ def test_a_forked_child_computes_and_ends(set_threads: SetThreads) -> None:
 
 
 def ended(child: int) -> int:
-    """The exit status of a child process, which is killed if it takes too long."""
-    for _ in range(10 * LONGEST):
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.1)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"the child has not ended for {LONGEST} s")
+    """The exit status of a child process, which is killed if it hangs."""
+    found = 0
+
+    def happened() -> int:
+        nonlocal found
+        pid, found = os.waitpid(child, os.WNOHANG)
+        return pid
+
+    try:
+        until(happened)
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return os.waitstatus_to_exitcode(found)
 
 
-WORKERS = """
+WORKERS = f"""
 import sys
 import torch
 from prefixattn import prefix_attention
@@ -230,7 +238,8 @@ class Results(torch.utils.data.Dataset):
 if __name__ == "__main__":
     expected = compute(2)
     loader = torch.utils.data.DataLoader(
-        Results(), num_workers=2, multiprocessing_context=sys.argv[1], timeout=100, batch_size=None
+        Results(), num_workers=2, multiprocessing_context=sys.argv[1], timeout={PATIENCE},
+        batch_size=None
     )
     assert all(torch.equal(found, expected) for found in loader)
     assert torch.equal(compute(2), expected)
@@ -255,7 +264,7 @@ build.SHIPPED = Path({str(build.library())!r})
         [sys.executable, "-P", str(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=LONGEST,
+        timeout=PATIENCE,
         check=False,
         env=environment,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from prefixattn import prefix_attention, quick
 from prefixattn.api import Repeated
@@ -143,7 +144,7 @@ def test_threads_share_what_is_prepared() -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE)
     assert not wrong
 
 

@@ -37,7 +37,7 @@ def fetch(folder: Path) -> Path:
     print(f"fetching the source of peft {version}")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
-    subprocess.run([*pip, f"peft=={version}", *options], check=True, timeout=600)
+    subprocess.run([*pip, f"peft=={version}", *options], check=True, timeout=1800)
     with tarfile.open(folder / f"{source.name}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     (source / "tests" / "__init__.py").touch()  # last; their imports are relative

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from patience import PATIENCE
 from torch import Tensor
 
 import prefixattn
@@ -71,12 +72,12 @@ def test_streaming_from_a_thread(model: Any, tokenizer: Any, system: Tensor) -> 
     joined = torch.cat([system, ids], dim=1)
     expected = tokenizer.decode(model.generate(joined, **GREEDY)[0, joined.shape[1] :])
     prefixattn.attach(model, Prefix.from_text(model, system))
-    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=PATIENCE)
     options = {"input_ids": ids, "streamer": streamer, **GREEDY}
     thread = threading.Thread(target=model.generate, kwargs=options)
     thread.start()
     assert "".join(streamer) == expected
-    thread.join()
+    thread.join(PATIENCE)
 
 
 def test_a_stop_string(model: Any, tokenizer: Any, system: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from patience import PATIENCE
 from torch import Tensor
 
 import prefixattn
@@ -296,7 +297,7 @@ def test_two_threads(notebook: Notebook, models: int) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(PATIENCE)
     assert same == [True] * 16
 
 

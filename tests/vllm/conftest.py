@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 HERE = Path(__file__).parent
 ENGINE_TESTS = ("test_engine.py", "test_guide.py", "test_server.py", "test_transformers_serve.py")
@@ -28,7 +29,7 @@ def script(name, *arguments, **env):
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
         check=False,
     )
     if done.returncode:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE
+
 from prefixattn.vllm.testing import Server, free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -38,7 +40,7 @@ def test_the_guide_word_for_word(made_world, tmp_path):
             env=os.environ | env,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"

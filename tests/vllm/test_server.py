@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from prefixattn.vllm.testing import Server
 
@@ -32,7 +33,7 @@ class Served(Server):
         own += ["--kv-transfer-config", config.strip()]
         own += ["--middleware", "prefixattn.vllm.middleware.ChooseByModel", *options]
         super().__init__(own, log, env=env)
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def body(self, number, model="base", **more):
         given = {"model": model, "prompt": self.prompts[number], "temperature": 0}
@@ -189,7 +190,7 @@ def test_a_damaged_adapter_ends_its_own_requests(server):
 
 def test_a_hundred_clients_at_once(server):
     async def all_at_once():
-        async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
             asked = [(NAMES[n % 5], n // 5 % 4) for n in range(100)]
             bodies = [server.body(number, name) for name, number in asked]
             sent = [client.post("/v1/completions", json=body) for body in bodies]

@@ -19,10 +19,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
+from patience import PATIENCE
 
 from zoo import table
 from zoo.causal import MISSING
@@ -144,7 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="show these families alone")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=300, help="seconds for one family")
+    parser.add_argument(
+        "--limit", type=float, default=PATIENCE, help="seconds until a family counts as hung"
+    )
     options = parser.parse_args()
     if options.only:
         chosen = [family for family in families() if family.name in options.only]
