@@ -94,8 +94,6 @@ class Spec:
         return self.B if self.segments is None else len(self.segments)
 
 
-# ---------------------------------------------------------------------------------- what it is like
-
 SMALL = (1, 2, 3, 5, 7, 11, 13)
 EDGES = (15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 95, 96, 97, 101)
 FAR = (2**31 - 2, 2**31, 2**31 + 1, 2**32 + 3, 2**40, 2**61, 2**62 - 1)
@@ -221,8 +219,6 @@ def _draw_biases(s: Spec, r: random.Random) -> None:
         layouts = ("whole", "whole", "transposed", "padded", "expanded", "steps")
         setattr(s, f"{name}_layout", r.choice(layouts))
 
-
-# ------------------------------------------------------------------------------------- its tensors
 
 Normal = Callable[..., Tensor]
 

@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted, found = metafunc.config.getoption("random_problems"), []
     for name, (implementation, _, _) in KINDS.items():
         triton = implementation == "triton"
-        # Interpreted, a problem takes as long as a hundred of the others: few, unless asked for.
+        # Interpreted, a problem takes as long as dozens of the others: few, unless asked for.
         count = wanted or (20 if triton else 240)
         marks = [pytest.mark.triton, INTERPRETED] if triton else []
         for first in range(0, count, TOGETHER):
