@@ -64,6 +64,12 @@ hypothesis.settings.load_profile("prefixattn")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cpu-library", type=Path, help="the library of C++ kernels to test")
     parser.addoption("--native-flags", default="", help="more flags for tests/native/headers")
+    parser.addoption(
+        "--random-problems",
+        type=int,
+        default=0,
+        help="how many random problems tests/operation/test_random.py gives each implementation",
+    )
     parser.addoption("--native-runner", default="", help="the command that runs these programs")
 
 
