@@ -169,15 +169,15 @@ def _in_blocks(p: Problem, up: Upstream, halves: tuple[str, ...]) -> Upstream:
 
 def _backward(p: Problem, up: Upstream, totals: dict[str, Total]) -> None:
     """Add a dense problem's gradients to the totals."""
-    in_blocks = _rounds(up.lse) or _uneven(p)
     prefix_up = sequence_up = up
     if p.prefix_gate is not None:
         prefix_up, sequence_up = _split_by_gate(p, up, totals)
-        if in_blocks:
-            prefix_up = _in_blocks(p, prefix_up, ("prefix",))
-            sequence_up = _in_blocks(p, sequence_up, ("sequence",))
-    elif in_blocks:
+    in_blocks = _rounds(prefix_up.lse) or _rounds(sequence_up.lse) or _uneven(p)
+    if in_blocks and p.prefix_gate is None:
         prefix_up = sequence_up = _in_blocks(p, up, ("prefix", "sequence"))
+    elif in_blocks:
+        prefix_up = _in_blocks(p, prefix_up, ("prefix",))
+        sequence_up = _in_blocks(p, sequence_up, ("sequence",))
     for half, of_half in (("prefix", prefix_up), ("sequence", sequence_up)):
         mine = ("prefix_key", "prefix_value", "prefix_bias")
         names = mine if half == "prefix" else ("key", "value", "attn_mask")
