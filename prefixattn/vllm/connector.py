@@ -55,6 +55,7 @@ class PrefixConnector(KVConnectorBase_V1):
         check_engine(vllm_config, kv_cache_config)
         self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._scheduled = Loads()
+        front_end.placeholder_token_id(vllm_config)  # else each request would be refused
         folder = front_end.adapter_folder(vllm_config)
         self._worker = (
             Worker(vllm_config, kv_cache_config, folder) if role == KVConnectorRole.WORKER else None
