@@ -15,13 +15,8 @@ ADAPTER = (
     "/v1/messages",
     "/inference/v1/generate",
     "/cohere/v2/chat",
-    "/v1/completions/render",
-    "/v1/chat/completions/render",
-    "/v1/responses/render",
-    "/v1/messages/render",
-    "/cohere/v2/chat/render",
 )
-"""They hand ``kv_transfer_params`` to the engine, or on to what will be asked of it."""
+"""They hand ``kv_transfer_params`` to the engine. What renders a prompt for them loses it."""
 
 TEXT = (
     "/tokenize",

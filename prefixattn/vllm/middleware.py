@@ -98,6 +98,7 @@ class ChooseByModel:
         try:
             if not await self._has(name, state) or await would_serve(state, name):
                 return None
+            self._hidden.discard(name)
         except OSError as error:
             words = f"the server itself serves no model {reprlib.repr(name)}, and {error}"
             raise refusal(503, words) from error

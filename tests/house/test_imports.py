@@ -85,6 +85,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "vllm.endpoints": ("", ""),
     "vllm.served": ("", "=vllm"),
     "vllm.reading": ("vllm.claim vllm.folder", ""),
+    "vllm.waiting": ("vllm.claim", ""),
     "vllm.middleware": ("vllm.claim vllm.endpoints vllm.served", "fastapi vllm.*"),
     "vllm.*": ("torch =vllm vllm.*", ""),
     "testing": ("torch problem reference api ops", ""),

@@ -115,9 +115,11 @@ def test_what_is_about_the_text_alone_goes_to_the_base(adapters, path):
     assert ask(Server(), adapters, "brief", path=path)[0] == {"model": "base"}
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/embeddings", "/pooling", "/v1/score", "/rerank", "/classify", "/v1/systemone"]
-)
+LOSING = ["/v1/embeddings", "/pooling", "/v1/score", "/rerank", "/classify", "/v1/systemone"]
+LOSING += ["/v1/completions/render", "/v1/chat/completions/render"]
+
+
+@pytest.mark.parametrize("path", LOSING)
 def test_an_endpoint_that_would_lose_the_adapter_refuses_it(adapters, path):
     server = Server()
     chooser = choosing(server, adapters)

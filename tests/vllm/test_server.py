@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefixattn.vllm.testing import Server
+from prefixattn.vllm.versions import installed_version
 
 httpx = pytest.importorskip("httpx", reason="needs vLLM's environment: make test-vllm brings it")
 
@@ -30,6 +31,8 @@ class Served(Server):
         own += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "640"]
         own += ["--block-size", "32", "--num-gpu-blocks-override", "300", "--seed", "0"]
         own += ["--kv-transfer-config", config.strip()]
+        if installed_version() >= "0.30":  # tokens in and out, which were always served before
+            own += ["--enable-scale-out"]
         own += ["--middleware", "prefixattn.vllm.middleware.ChooseByModel", *options]
         super().__init__(own, log, env=env)
         self.client = httpx.Client(base_url=self.url, timeout=120)
@@ -87,6 +90,59 @@ def test_chat_and_streaming(server):
     assert [t for x in parts for t in json.loads(x)["choices"][0]["token_ids"] or ()] == wanted
 
 
+def generated(server, path, **body):
+    """Text that an endpoint answers an adapter's first prompt with, and what it says instead."""
+    limits = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    answer = server.post(path, **({"model": "ours-40"} | limits | body))
+    return answer.status_code, answer.json()
+
+
+def test_endpoints_that_generate_answer_with_the_adapter(server):
+    text = server.post(**server.body(1, "ours-40")).json()["choices"][0]["text"]
+    assert text != server.post(**server.body(1)).json()["choices"][0]["text"]
+    prompt, wanted = server.prompts[1], server.expected["ours-40"][1]["tokens"]
+    messages = [{"role": "user", "content": prompt}]
+    status, said = generated(server, "/v1/chat/completions/batch", messages=[messages, messages])
+    assert (status, [c["message"]["content"] for c in said["choices"]]) == (200, [text] * 2)
+    limits = {"max_output_tokens": 16, "input": messages, "max_tokens": None}
+    status, said = generated(server, "/v1/responses", **limits)
+    assert (status, said["output"][0]["content"][0]["text"]) == (200, text)
+    status, said = generated(server, "/v1/messages", messages=messages)
+    assert (status, said["content"][0]["text"]) == (200, text)
+    sampling = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    ids = server.post("/tokenize", model="ours-40", prompt=prompt).json()["tokens"]
+    status, said = generated(
+        server, "/inference/v1/generate", token_ids=ids, sampling_params=sampling
+    )
+    assert (status, said["choices"][0]["token_ids"]) == (200, wanted)
+    assert server.wrong() == []
+
+
+def test_an_endpoint_that_would_lose_the_adapter_refuses_it(server):
+    named = {"kv_transfer_params": {"prefixattn": "ours-40"}}
+    for asked in ({"model": "ours-40"}, {"model": "base"} | named):
+        answer = server.post("/v1/completions/render", prompt="Hello", **asked)
+        assert answer.status_code == 400
+        assert "/v1/completions/render cannot answer with" in answer.text
+    assert server.post("/v1/completions/render", model="base", prompt="Hello").status_code == 200
+
+
+def test_a_folder_that_is_away_concerns_requests_with_adapters_alone(server):
+    away = server.adapters.with_name("away")
+    server.adapters.rename(away)
+    asked = [server.body(0, "ours-40"), server.body(0, kv_transfer_params={"prefixattn": "peft-7"})]
+    for body in asked:
+        answer = server.post(**body)
+        assert answer.status_code == (400 if installed_version() < "0.29" else 503)
+        assert "requests with an adapter are answered once it is there" in answer.text
+    answer = server.post(**server.body(0)).json()
+    assert answer["choices"][0]["token_ids"] == server.expected["base"][0]["tokens"]
+    listed = server.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["base"]
+    away.rename(server.adapters)
+    assert server.wrong() == []
+
+
 def test_usage_counts_the_prefix(server):
     alone = server.post(**server.body(0)).json()["usage"]["prompt_tokens"]
     assert server.post(**server.body(0, "ours-40")).json()["usage"]["prompt_tokens"] == alone + 40
@@ -111,6 +167,9 @@ SALT = "prefixattn:" + "0" * 32
 HOSTILE = {
     "an unknown model": ({"model": "nobody"}, 404),
     "a way out": ({"model": "../adapters/ours-40"}, 404),
+    "a long name": ({"model": "x" * 300}, 404),
+    "a name with a slash": ({"model": "org/ours-40"}, 404),
+    "a long adapter": ({"kv_transfer_params": {"prefixattn": "x" * 5000}}, 400),
     "an unknown adapter": ({"kv_transfer_params": {"prefixattn": "nobody"}}, 400),
     "a path": ({"kv_transfer_params": {"prefixattn": "/etc"}}, 400),
     "a made up claim": (
@@ -226,3 +285,39 @@ def test_two_engines_behind_one_server(made_world, tmp_path):
         assert {(answer.status_code, answer.text) for answer in said} == {(401, said[0].text)}
         server.client.headers["authorization"] = f"Bearer {KEY}"
         assert server.wrong() == []
+
+
+def test_names_of_lora_adapters_are_the_servers(made_world, tmp_path):
+    """Below a root path, with LoRA from the start and later, and a folder that comes later."""
+    shutil.copytree(made_world, tmp_path / "world")
+    lora = tmp_path / "world" / "lora"
+    options = ["--root-path", "/llm", "--enable-lora", "--max-lora-rank", 8]
+    options += ["--lora-modules", f"peft-7={lora}"]
+    env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with Served(tmp_path / "world", tmp_path / "log", *options, **env) as server:
+
+        def asked(name, path):
+            answer = server.post(path, **server.body(2, name))
+            note = answer.headers.get("x-prefixattn-note", "")
+            for of, answers in server.expected.items():
+                if answer.json()["choices"][0]["token_ids"] == answers[2]["tokens"]:
+                    return of, "kv_transfer_params" in note
+            return answer.text, note
+
+        for path in ("/v1/completions", "/llm/v1/completions"):
+            assert asked("base", path) == ("base", False)
+            assert asked("ours-40", path) == ("ours-40", False)
+            assert asked("peft-7", path) == ("lora:base", True)
+        listed = server.client.get("/llm/v1/models").json()["data"]
+        assert sorted(model["id"] for model in listed) == sorted(NAMES)
+        load = {"lora_name": "ours-40", "lora_path": str(lora)}
+        said = server.post("/v1/load_lora_adapter", **load)
+        assert (said.status_code, "x-prefixattn-note" in said.headers) == (200, True)
+        assert asked("ours-40", path) == ("lora:base", True)
+        (server.adapters / "ours-40").rename(tmp_path / "away")
+        assert asked("ours-40", path) == ("lora:base", False)
+        (tmp_path / "away").rename(server.adapters / "ours-40")
+        assert server.post("/v1/unload_lora_adapter", **load).status_code == 200
+        assert asked("ours-40", path) == ("ours-40", False)
+        log = (tmp_path / "log").read_text()
+    assert log.count("is not reached by model") == 2  # once for each
