@@ -234,6 +234,39 @@ def test_adapters_come_go_and_are_replaced_while_it_runs(server):
     assert server.wrong() == []
 
 
+def test_a_replacement_under_load_is_never_unseen(server):
+    """Who asks after someone has had the new content's answer never gets the old content's."""
+    wanted = {v: server.expected[f"ours-40{v}"][1]["tokens"] for v in ("", "-new")}
+    for version, source in (("", server.adapters), ("-new", server.world / "spare")):
+        shutil.copytree(source / f"ours-40{version}", server.world / f"content{version}")
+    link, spare = server.adapters / "swapped", server.world / "swapped"
+    link.symlink_to(server.world / "content")
+    spare.symlink_to(server.world / "content-new")
+    seen = {"": 0, "-new": 0}
+
+    async def client(http):
+        while seen["-new"] < 30:
+            new_before = seen["-new"]
+            answer = await http.post("/v1/completions", json=server.body(1, "swapped"))
+            if answer.status_code != 200:  # accepted with the old content, and it was gone
+                assert not new_before, answer.text
+                continue
+            tokens = answer.json()["choices"][0]["token_ids"]
+            (version,) = [v for v in wanted if wanted[v] == tokens]
+            assert version == "-new" or not new_before
+            seen[version] += 1
+            if seen[""] == 30 and spare.is_symlink():
+                spare.replace(link)  # in one step: it is there at every moment
+
+    async def clients():
+        async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
+            await asyncio.gather(*(client(http) for _ in range(12)))
+
+    asyncio.run(clients())
+    link.unlink()
+    assert server.wrong() == []
+
+
 def test_a_damaged_adapter_ends_its_own_requests(server):
     broken = server.adapters / "broken"
     shutil.copytree(server.adapters / "ours-40", broken)
