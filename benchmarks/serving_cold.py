@@ -1,4 +1,4 @@
-"""A large adapter comes while others are served: `python -m benchmarks.serving_cold`, in vLLM's env.
+"""A large adapter comes while others are served: `python -m benchmarks.serving_cold`, in its venv.
 
 Clients ask the base for a few tokens, one request behind the other, and for ``/health``, which the
 event loop alone answers. Meanwhile an adapter that the server has not read yet is asked for, again

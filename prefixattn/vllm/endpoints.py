@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from prefixattn.vllm.versions import installed_version
+
 Use = Literal["adapter", "text", "refused"]
 
+TOKENS = "/inference/v1/generate"
 ADAPTER = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
     "/v1/responses",
     "/v1/messages",
-    "/inference/v1/generate",
+    TOKENS,
     "/cohere/v2/chat",
 )
 """They hand ``kv_transfer_params`` to the engine. What renders a prompt for them loses it."""
@@ -39,6 +42,8 @@ def ends_in(path: str, *endpoints: str) -> bool:
 
 def use_of(path: str, asked: Mapping[str, Any]) -> Use:
     """What the endpoint at ``path`` does with an adapter that a request names."""
+    if ends_in(path, TOKENS) and installed_version().startswith("0.28."):
+        return "refused"  # it takes kv_transfer_params there, and drops them
     generates = "messages" in asked or "prompt" in asked
     if ends_in(path, *ADAPTER) or (ends_in(path, INVOCATIONS) and generates):
         return "adapter"

@@ -82,7 +82,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "vllm.claim": ("", ""),
     "vllm.cache": ("torch", ""),
     "vllm.folder": ("torch prefix checkpoints.* vllm.claim", ""),
-    "vllm.endpoints": ("", ""),
+    "vllm.endpoints": ("vllm.versions", ""),
     "vllm.served": ("", "=vllm"),
     "vllm.reading": ("vllm.claim vllm.folder", ""),
     "vllm.waiting": ("vllm.claim", ""),

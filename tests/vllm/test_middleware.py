@@ -134,6 +134,14 @@ def test_an_endpoint_that_would_lose_the_adapter_refuses_it(adapters, path):
     assert server.asked == [{"model": "base"}]
 
 
+def test_an_endpoint_that_loses_the_adapter_in_an_old_version(adapters, monkeypatch):
+    path = "/inference/v1/generate"
+    monkeypatch.setattr("prefixattn.vllm.endpoints.installed_version", lambda: "0.28.0")
+    with pytest.raises(Answer, match=f"{path} cannot answer with"):
+        ask(Server(), adapters, "brief", path=path)
+    assert ask(Server(), adapters, "brief")[0] == CHOSEN
+
+
 NO_ADAPTERS = {
     "unknown": "nobody",
     "longer than a file's name may be": "x" * 300,

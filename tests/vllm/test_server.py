@@ -114,7 +114,10 @@ def test_endpoints_that_generate_answer_with_the_adapter(server):
     status, said = generated(
         server, "/inference/v1/generate", token_ids=ids, sampling_params=sampling
     )
-    assert (status, said["choices"][0]["token_ids"]) == (200, wanted)
+    if installed_version().startswith("0.28."):  # which would drop it
+        assert (status, "cannot answer with" in said["error"]["message"]) == (400, True)
+    else:
+        assert (status, said["choices"][0]["token_ids"]) == (200, wanted)
     assert server.wrong() == []
 
 
@@ -130,10 +133,14 @@ def test_an_endpoint_that_would_lose_the_adapter_refuses_it(server):
 def test_a_folder_that_is_away_concerns_requests_with_adapters_alone(server):
     away = server.adapters.with_name("away")
     server.adapters.rename(away)
-    asked = [server.body(0, "ours-40"), server.body(0, kv_transfer_params={"prefixattn": "peft-7"})]
-    for body in asked:
+    by_parameter = server.body(0, kv_transfer_params={"prefixattn": "peft-7"})
+    words_alone = installed_version().startswith("0.28.")
+    for body, status in (
+        (server.body(0, "ours-40"), 503),
+        (by_parameter, 400 if words_alone else 503),
+    ):
         answer = server.post(**body)
-        assert answer.status_code == (400 if installed_version() < "0.29" else 503)
+        assert answer.status_code == status
         assert "requests with an adapter are answered once it is there" in answer.text
     answer = server.post(**server.body(0)).json()
     assert answer["choices"][0]["token_ids"] == server.expected["base"][0]["tokens"]
