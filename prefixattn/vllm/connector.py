@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
 )
 
 from prefixattn.vllm import front_end
@@ -21,6 +22,7 @@ from prefixattn.vllm.claim import Claim, claim_of
 from prefixattn.vllm.metrics import PrefixMetrics, PrefixStats
 from prefixattn.vllm.supported import check_engine
 from prefixattn.vllm.versions import check_version, installed_version
+from prefixattn.vllm.waiting import Errand, Waiting
 from prefixattn.vllm.worker import Worker
 
 
@@ -35,9 +37,23 @@ class Load:
 
 @dataclass
 class Loads(KVConnectorMetadata):
-    """What workers write before the next step."""
+    """What workers write before the next step, and what they read meanwhile."""
 
     loads: list[Load] = field(default_factory=list)
+    errand: Errand = field(default_factory=Errand)
+
+
+@dataclass
+class Held(KVConnectorWorkerMetadata):
+    """By how many more workers, or fewer, adapters are held: digests and changes."""
+
+    changes: dict[str, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Held:
+        """Of both workers."""
+        assert isinstance(other, Held)
+        names = self.changes.keys() | other.changes.keys()
+        return Held({n: self.changes.get(n, 0) + other.changes.get(n, 0) for n in names})
 
 
 class PrefixConnector(KVConnectorBase_V1):
@@ -55,6 +71,8 @@ class PrefixConnector(KVConnectorBase_V1):
         check_engine(vllm_config, kv_cache_config)
         self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._scheduled = Loads()
+        self._waiting = Waiting(vllm_config.parallel_config.world_size)
+        front_end.placeholder_token_id(vllm_config)  # else each request would be refused
         folder = front_end.adapter_folder(vllm_config)
         self._worker = (
             Worker(vllm_config, kv_cache_config, folder) if role == KVConnectorRole.WORKER else None
@@ -65,9 +83,15 @@ class PrefixConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """What the prefix has beyond the tokens whose blocks the engine still holds."""
+        """What the prefix has beyond the tokens whose blocks the engine still holds.
+
+        None: the workers read it, and the request is passed over until they have.
+        """
         claim = _claim(request)
-        return (max(0, claim.num_tokens - num_computed_tokens) if claim else 0), False
+        missing = max(0, claim.num_tokens - num_computed_tokens) if claim else 0
+        if claim and missing and not self._waiting.is_ready(request.request_id, claim):
+            return None, False
+        return missing, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note what is to be written, now that it has blocks."""
@@ -81,11 +105,25 @@ class PrefixConnector(KVConnectorBase_V1):
             (block_ids,) = blocks.get_block_ids()
             start = claim.num_tokens - num_external_tokens
             self._scheduled.loads.append(Load(claim, start, list(block_ids[:count])))
+            self._waiting.written(claim)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """This step's loads, for the workers."""
         loads, self._scheduled = self._scheduled, Loads()
+        loads.errand = self._waiting.take_errand()
         return loads
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the workers hold now."""
+        held = connector_output.kv_connector_worker_meta
+        if isinstance(held, Held):
+            self._waiting.reported(held.changes)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+        """A request ended, also one that waited for its adapter; its blocks are free."""
+        if (claim := _claim(request)) is not None:
+            self._waiting.finished(request.request_id, claim)
+        return False, None
 
     # The worker's half
 
@@ -94,9 +132,16 @@ class PrefixConnector(KVConnectorBase_V1):
         metadata = self._get_connector_metadata()
         assert self._worker is not None
         assert isinstance(metadata, Loads)
+        self._worker.run(metadata.errand)
         for load in metadata.loads:
             first = load.start // self._block_size
             self._worker.write(load.claim, load.start, load.block_ids, first)
+        self._worker.forget(load.claim.digest for load in metadata.loads)
+
+    def build_connector_worker_meta(self) -> Held | None:
+        """What has changed of the adapters that this worker holds."""
+        changes = self._worker.take_changes() if self._worker else {}
+        return Held(changes) if changes else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """The blocks that were not written, since the last look."""

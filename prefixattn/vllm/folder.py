@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import reprlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from threading import Lock
 
 import torch
@@ -16,7 +20,9 @@ from prefixattn.prefix import Prefix
 from prefixattn.vllm.claim import Claim
 
 CHUNK = 2**20
-Stamp = tuple[tuple[str, int, int, int], ...]
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use
+NO_NAME = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+Stamp = tuple[tuple[str, tuple[int, ...]], ...]
 Pairs = Sequence[tuple[Tensor, Tensor]]
 UNREADABLE = (OSError, TypeError, ValueError, NotImplementedError)  # what reading files raises
 
@@ -51,23 +57,77 @@ class ModelShape:
                     )
 
 
+class FolderUnavailable(OSError):
+    """The folder of adapters is not there, or cannot be looked at: none of them can be served."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an adapter's files were when they were read last.
+
+    Attributes:
+        stamp: of the files.
+        claim: of their content.
+        settled: whether another content must have another stamp. Files that were written just
+            before they were read can change again within one tick of the file system's clock.
+    """
+
+    stamp: Stamp
+    claim: Claim
+    settled: bool
+
+
 class AdapterFolder:
-    """Adapters as they lie on disk now: one that is added or replaced is seen at its next use."""
+    """Adapters as they lie on disk now: one that is added or replaced is seen at its next use.
+
+    The folder itself may come later, and go: every method looks anew.
+    """
 
     def __init__(self, path: Path, shape: ModelShape) -> None:
-        """Raises NotADirectoryError where there is no such folder."""
-        if not path.is_dir():
-            raise NotADirectoryError(f"adapters: {path} is not a folder")
         self.path, self.shape = path, shape
-        self._seen: dict[str, tuple[Stamp, Claim]] = {}
-        self._lock = Lock()
+        self._seen: dict[str, Seen] = {}
+        self._locks: dict[str, Lock] = {}
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and _is_plain(name) and (self.path / name).is_dir()
+        """Whether there is an adapter of this name (FolderUnavailable: that cannot be said)."""
+        if not isinstance(name, str) or not _is_plain(name):
+            return False
+        try:
+            found = _is_folder(self.path / name)
+        except OSError as error:
+            raise FolderUnavailable(f"adapter {name!r} cannot be looked at: {error}") from error
+        if not found:
+            self.check()
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        """Their names, in order."""
-        return iter(sorted(each.name for each in self.path.iterdir() if each.name in self))
+        """Their names, in order (FolderUnavailable: they cannot be listed)."""
+        try:
+            names = [each.name for each in self.path.iterdir()]
+        except OSError as error:
+            raise self._unavailable(error) from error
+        return iter(sorted(name for name in names if name in self))
+
+    def check(self) -> None:
+        """Raise FolderUnavailable where there is no folder of adapters."""
+        try:
+            if not S_ISDIR(self.path.stat().st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "it is not a folder")
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def known(self, name: str) -> Claim | None:
+        """The claim of an adapter that was read before and is the same; None: it must be read.
+
+        Raises:
+            KeyError: there is none.
+            OSError: it cannot be looked at.
+        """
+        self._require(name)
+        seen = self._seen.get(name)
+        if seen is None or not seen.settled or seen.stamp != _stamp(self.path / name):
+            return None
+        return seen.claim
 
     def claim(self, name: str) -> Claim:
         """The adapter of this name, read and checked once for each content.
@@ -75,17 +135,14 @@ class AdapterFolder:
         Raises:
             KeyError: there is none.
             OSError, TypeError, ValueError, NotImplementedError: its files are damaged, or another
-                model's.
+                model's, or the folder is not there.
         """
-        if name not in self:
-            raise KeyError(f"no adapter {name!r} in {self.path}")
-        with self._lock:
-            before = self._seen.get(name)
-            if before is not None and before[0] == _stamp(self.path / name):
-                return before[1]
-            stamp, claim, _ = self._read(name)
-            self._seen[name] = stamp, claim
-            return claim
+        self._require(name)
+        with self._locks.setdefault(name, Lock()):
+            if (claim := self.known(name)) is not None:
+                return claim
+            self._seen[name] = seen = self._again(name) or self._read(name)[0]
+            return seen.claim
 
     def pairs(self, claim: Claim) -> Pairs:
         """Keys and values ``[H_kv, P, D]`` of the content that a request was accepted with.
@@ -94,22 +151,45 @@ class AdapterFolder:
             KeyError: the adapter is gone.
             ValueError: it is damaged, or was replaced by another since.
         """
-        if claim.name not in self:
-            raise KeyError(f"no adapter {claim.name!r} in {self.path}")
-        _, found, pairs = self._read(claim.name)
-        if found != claim:
+        self._require(claim.name)
+        seen, pairs = self._read(claim.name)
+        if seen.claim != claim:
             raise ValueError(f"adapter {claim.name!r} was replaced while a request of it waited")
         return pairs
 
-    def _read(self, name: str) -> tuple[Stamp, Claim, Pairs]:
+    def _require(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(
+                f"no adapter {reprlib.repr(name)} in {self.path}, where a folder's name is the "
+                "adapter's"
+            )
+
+    def _unavailable(self, error: OSError) -> FolderUnavailable:
+        why = error.strerror or str(error)
+        return FolderUnavailable(
+            f"the folder of adapters {self.path} cannot be read ({why}): requests with an adapter "
+            "are answered once it is there, and requests without one as ever"
+        )
+
+    def _again(self, name: str) -> Seen | None:
+        """What was seen, where its files have the same content still: they need not be loaded."""
+        before = self._seen.get(name)
+        now, stamp = time.time_ns(), _stamp(self.path / name)
+        if before is None or before.stamp != stamp:
+            return None
+        if _digest(self.path / name, stamp) != before.claim.digest:
+            return None
+        return Seen(stamp, before.claim, _settled(stamp, now))
+
+    def _read(self, name: str) -> tuple[Seen, Pairs]:
         folder = self.path / name
         for _ in range(3):  # a writer may be at it
-            stamp = _stamp(folder)
-            digest = _digest(folder, stamp)
+            now, stamp = time.time_ns(), _stamp(folder)
+            digest, settled = _digest(folder, stamp), _settled(stamp, now)
             pairs = plain_pairs(name, load(folder))
-            if stamp == _stamp(folder):
+            if stamp == _stamp(folder) and (settled or digest == _digest(folder, stamp)):
                 self.shape.check(name, pairs)
-                return stamp, Claim(name, digest, pairs[0][0].shape[1]), pairs
+                return Seen(stamp, Claim(name, digest, pairs[0][0].shape[1]), settled), pairs
         raise ValueError(f"adapter {name!r} is being written: write elsewhere, and rename")
 
 
@@ -147,10 +227,29 @@ def _is_plain(name: str) -> bool:
     return bool(name) and Path(name).name == name and not name.startswith(".") and "\0" not in name
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether there is such a folder (OSError: that cannot be said)."""
+    try:
+        return S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in NO_NAME:
+            return False
+        raise
+    except ValueError:  # no file system has such a name
+        return False
+
+
 def _stamp(folder: Path) -> Stamp:
-    """What changes when a file does."""
+    """What changes when a file does; a copy can keep a file's other times, and not its ctime."""
     found = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
-    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found)
+    return tuple(
+        (name, (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)) for name, s in found
+    )
+
+
+def _settled(stamp: Stamp, now: int) -> bool:
+    """Whether the files were last changed long enough before ``now`` (nanoseconds)."""
+    return all(times[-1] < now - SETTLED_NS for _, times in stamp)
 
 
 def _digest(folder: Path, stamp: Stamp) -> str:

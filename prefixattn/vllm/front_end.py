@@ -1,20 +1,29 @@
 """In the process that takes requests: placeholders in front of the text, or a clear refusal.
 
 vLLM has no hook between a request and its engine, so `install` wraps the one function that every
-request goes through. Only a server with our connector is touched.
+request goes through, and the one before it that can wait: an adapter is read there, in a thread,
+while the event loop serves other requests. Only a server with our connector is touched.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from functools import wraps
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import vllm.exceptions
+from vllm.logger import init_logger
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
-from prefixattn.vllm.claim import NAMESPACE, TRANSFER, name_of
-from prefixattn.vllm.folder import UNREADABLE, AdapterFolder, ModelShape
+from prefixattn.vllm.claim import NAMESPACE, PARAMETER, TRANSFER, Claim, name_of
+from prefixattn.vllm.folder import UNREADABLE, AdapterFolder, FolderUnavailable, ModelShape
+from prefixattn.vllm.reading import Readings
+
+logger = init_logger(__name__)
 
 OURS = "PrefixConnector"
 WRAPPED = "_prefixattn"
@@ -35,6 +44,7 @@ def install() -> None:
 
     setattr(process_inputs, WRAPPED, True)
     InputProcessor.process_inputs = process_inputs
+    AsyncLLM.add_request = _reading_first(AsyncLLM.add_request)
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
@@ -45,6 +55,21 @@ def install() -> None:
 def is_installed() -> bool:
     """Whether requests of this process go through ours."""
     return hasattr(InputProcessor.process_inputs, WRAPPED)
+
+
+def _reading_first(original: Any) -> Any:
+    """Requests reach `process_inputs`, which holds the event loop, with their adapter read."""
+
+    @wraps(original)
+    async def add_request(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        front = front_end(self.input_processor)
+        if front and not isinstance(prompt, EngineCoreRequest):  # which has been through it
+            params = await front.prepare(params)
+        return await original(self, request_id, prompt, params, *args, **kwargs)
+
+    return add_request
 
 
 def _refusing(original: Any) -> Any:
@@ -76,8 +101,26 @@ class FrontEnd:
 
     def __init__(self, vllm_config: Any) -> None:
         self.folder = adapter_folder(vllm_config)
+        self.readings = Readings(self.folder)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.placeholder = placeholder_token_id(vllm_config)
+
+    async def prepare(self, params: Any) -> Any:
+        """The parameters of a request, with its adapter's claim in place of its name.
+
+        Raises:
+            VLLMValidationError, GracefulHTTPError: as `expand` does.
+        """
+        try:
+            name = name_of(_transfer(params))
+            if name is None:
+                return params
+            claim = await self.readings.claim(name)
+        except (KeyError, *UNREADABLE) as error:
+            raise _refusal(error) from error
+        prepared = copy(params)  # the caller's may be for several requests
+        prepared.extra_args = {**params.extra_args, TRANSFER: {PARAMETER: claim}}
+        return prepared
 
     def expand(self, request: Any) -> Any:
         """The request with the placeholders of its adapter and their salt.
@@ -85,16 +128,11 @@ class FrontEnd:
         Raises:
             VLLMValidationError: something is asked for that would lose the adapter or poison its
                 blocks, or there is no such adapter.
+            GracefulHTTPError: the folder of adapters is not there (503).
         """
         if (request.cache_salt or "").startswith(NAMESPACE):
             raise Refused(f"cache_salt must not begin with {NAMESPACE!r}")
-        params = request.sampling_params
-        extra = (params.extra_args or {}) if params else {}
-        try:
-            name = name_of(extra.get(TRANSFER))
-            claim = None if name is None else self.folder.claim(name)
-        except (KeyError, *UNREADABLE) as error:
-            raise Refused(str(error.args[0] if error.args else error)) from error
+        claim = self._claim(request.sampling_params)
         if claim is None:
             return request
         _check(request)
@@ -102,13 +140,40 @@ class FrontEnd:
         if length >= self.max_model_len:
             raise Refused(
                 f"the prompt has {len(request.prompt_token_ids)} tokens behind the "
-                f"{claim.num_tokens} of adapter {name!r}, and max_model_len {self.max_model_len} "
-                "counts both and at least one more"
+                f"{claim.num_tokens} of adapter {claim.name!r}, and max_model_len "
+                f"{self.max_model_len} counts both and at least one more"
             )
         request.prompt_token_ids = [self.placeholder] * claim.num_tokens + request.prompt_token_ids
         request.cache_salt = claim.salt(request.cache_salt)
-        params.extra_args = {**extra, TRANSFER: claim.parameters()}
+        params = request.sampling_params
+        params.extra_args = {**params.extra_args, TRANSFER: claim.parameters()}
         return request
+
+    def _claim(self, params: Any) -> Claim | None:
+        transfer = _transfer(params)
+        if isinstance(transfer, dict) and isinstance(transfer.get(PARAMETER), Claim):
+            prepared: Claim = transfer[PARAMETER]  # no client can write one
+            return prepared
+        try:
+            name = name_of(transfer)
+            return None if name is None else self.folder.claim(name)
+        except (KeyError, *UNREADABLE) as error:
+            raise _refusal(error) from error
+
+
+def _transfer(params: Any) -> Any:
+    """A client's ``kv_transfer_params``, or None."""
+    return (getattr(params, "extra_args", None) or {}).get(TRANSFER)
+
+
+def _refusal(error: Exception) -> Exception:
+    """What vLLM answers with words: 503 where no adapter can be served, or 400."""
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    graceful = getattr(vllm.exceptions, "GracefulHTTPError", None)  # not in 0.28
+    if isinstance(error, FolderUnavailable) and graceful is not None:
+        unavailable: Exception = graceful(text, HTTPStatus.SERVICE_UNAVAILABLE)
+        return unavailable
+    return Refused(text)
 
 
 def _check(request: Any) -> None:
@@ -133,7 +198,12 @@ def adapter_folder(vllm_config: Any) -> AdapterFolder:
             "kv_connector_extra_config must have adapters, a folder of adapters, got "
             f"{sorted(extra)}"
         )
-    return AdapterFolder(Path(path), model_shape(vllm_config.model_config))
+    folder = AdapterFolder(Path(path), model_shape(vllm_config.model_config))
+    try:
+        folder.check()
+    except FolderUnavailable as error:
+        logger.warning("prefixattn: %s", error)
+    return folder
 
 
 def model_shape(model_config: Any) -> ModelShape:

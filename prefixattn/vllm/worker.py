@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from prefixattn.vllm import CACHE_BYTES
 from prefixattn.vllm.cache import AdapterCache, Layers
 from prefixattn.vllm.claim import Claim
 from prefixattn.vllm.folder import AdapterFolder
+from prefixattn.vllm.waiting import Errand
 
 logger = init_logger(__name__)
 
@@ -33,8 +37,34 @@ class Worker:
         self.block_size: int = group.kv_cache_spec.block_size
         layers = vllm_config.compilation_config.static_forward_context
         self.layers: dict[str, Any] = {name: layers[name] for name in group.layer_names}
+        self._reader = _reader()
+        self._ready: dict[str, Future[Layers]] = {}  # by digest: read for requests that wait
+        self._reported: set[str] = set()
         self._failed: set[int] = set()
         self._counts: dict[str, int] = {}
+
+    def run(self, errand: Errand) -> None:
+        """Begin to read adapters that requests wait for; the engine goes on meanwhile."""
+        self.forget(errand.forget)
+        for claim in errand.read:
+            if claim.digest in self.cache.held:
+                kept: Future[Layers] = Future()
+                kept.set_result(self.cache.held[claim.digest])
+                self._ready[claim.digest] = kept
+            else:
+                self._ready[claim.digest] = self._reader.submit(self._read, claim)
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Keep what was read for requests no longer, but for the memory of adapters used last."""
+        for digest in digests:
+            self._ready.pop(digest, None)
+
+    def take_changes(self) -> dict[str, int]:
+        """Adapters that are held now (1) and no longer (-1), since this was last asked."""
+        ready = {digest for digest, made in self._ready.items() if made.done()}
+        held = ready | set(self.cache.held)
+        before, self._reported = self._reported, held
+        return dict.fromkeys(held - before, 1) | dict.fromkeys(before - held, -1)
 
     def write(self, claim: Claim, start: int, block_ids: list[int], first: int) -> None:
         """Tokens ``start`` to ``P`` into their slots; a failure is logged and its blocks kept.
@@ -46,7 +76,9 @@ class Worker:
             first: the index of the first block that is written into.
         """
         try:
-            layers = self.cache.get(claim.digest, lambda: self._read(claim))
+            made = self._ready.get(claim.digest)
+            read = made.result if made else partial(self._read, claim)
+            layers = self.cache.get(claim.digest, read)
             self._write(layers, claim.num_tokens, start, block_ids)
         except Exception as error:  # whatever it is: this request ends, and no other
             logger.error("prefixattn: adapter %r cannot be loaded: %s", claim.name, error)
@@ -100,6 +132,14 @@ class Worker:
                 layer.kv_cache,
                 slots.to(device, non_blocking=True),
             )
+
+
+def _reader() -> ThreadPoolExecutor:
+    """One thread: two readings at once would hold twice the memory, and end no sooner."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(1, "prefixattn-read")
+    device = (torch.cuda.current_device(),)  # pinned memory belongs to this rank's
+    return ThreadPoolExecutor(1, "prefixattn-read", torch.cuda.set_device, device)
 
 
 def heads_of_rank(total: int, own: int) -> slice:

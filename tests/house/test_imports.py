@@ -88,6 +88,11 @@ WRITTEN: dict[str, tuple[str, str]] = {
     "vllm.claim": ("", ""),
     "vllm.cache": ("torch", ""),
     "vllm.folder": ("torch prefix checkpoints.* vllm.claim", ""),
+    "vllm.endpoints": ("vllm.versions", ""),
+    "vllm.served": ("", "=vllm"),
+    "vllm.reading": ("vllm.claim vllm.folder", ""),
+    "vllm.waiting": ("vllm.claim", ""),
+    "vllm.middleware": ("vllm.claim vllm.endpoints vllm.served", "fastapi vllm.*"),
     "vllm.*": ("torch =vllm vllm.*", ""),
     "testing": ("torch problem reference api ops", ""),
     "bench.*": (

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -169,6 +170,29 @@ def failed_load(engine):
     return {"reasons": reasons, "wrong": engine.wrong(), "counters": engine.counters()}
 
 
+def others_go_on(engine):
+    """A worker's read of an adapter, which lasts until a request without one is answered."""
+    from prefixattn.vllm.folder import AdapterFolder
+
+    read, step, answered = AdapterFolder.pairs, engine.llm.llm_engine.step, threading.Event()
+
+    def lasting(self, claim):
+        if not answered.wait(60):
+            raise TimeoutError("nobody was answered while an adapter was read")
+        return read(self, claim)
+
+    def watched():
+        outputs = step()
+        if any(output.finished for output in outputs):
+            answered.set()
+        return outputs
+
+    AdapterFolder.pairs, engine.llm.llm_engine.step = lasting, watched
+    pairs = [("ours-40", 1), ("peft-7", 0), ("base", 0), ("ours-40", 2)]
+    answers = zip(pairs, engine.ask(pairs), strict=True)
+    return {"rows": [{"adapter": n, "prompt": i} | a for (n, i), a in answers]}
+
+
 def replaced(engine):
     """An adapter is replaced by another content while the engine runs, and put back."""
     old, new = engine.folder / "ours-40", engine.world / "spare" / "ours-40-new"
@@ -202,7 +226,8 @@ def recompute(engine):
     return failed_load(engine)
 
 
-SCENARIOS = {f.__name__: f for f in (refusals, failed_load, replaced, beside_lora, recompute)}
+RUNS = (refusals, failed_load, others_go_on, replaced, beside_lora, recompute)
+SCENARIOS = {f.__name__: f for f in RUNS}
 
 
 def main():

@@ -12,7 +12,13 @@ import pytest
 from patience import PATIENCE
 
 HERE = Path(__file__).parent
-ENGINE_TESTS = ("test_engine.py", "test_guide.py", "test_server.py", "test_transformers_serve.py")
+ENGINE_TESTS = (
+    "test_engine.py",
+    "test_front_end.py",
+    "test_guide.py",
+    "test_server.py",
+    "test_transformers_serve.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -148,9 +148,13 @@ def test_what_is_refused_poisons_nothing(battery):
 def test_a_load_that_fails_ends_its_requests_alone(battery):
     said = battery(scenario="failed_load")
     assert said["wrong"] == []
-    assert said["reasons"][0] == "error"
-    assert said["reasons"][1] == said["reasons"][3] == "length"
-    assert said["counters"]["vllm:prefixattn_failures"] == 1
+    assert said["reasons"] == ["error", "length", "error", "length"]
+    assert said["counters"]["vllm:prefixattn_failures"] == 2  # one reading for two requests
+
+
+def test_others_are_answered_while_an_adapter_is_read(battery, world):
+    """The reading ends once the base has answered: if the engine waited for it, neither would."""
+    assert_right(battery(scenario="others_go_on")["rows"], world)
 
 
 def test_the_refused_policy_would_poison(battery):

@@ -8,10 +8,11 @@ import torch
 
 from prefixattn import Prefix
 from prefixattn.checkpoints import save_peft
+from prefixattn.vllm import folder as folder_module
 from prefixattn.vllm import kv_transfer_config
 from prefixattn.vllm.cache import AdapterCache
 from prefixattn.vllm.claim import Claim, claim_of, name_of
-from prefixattn.vllm.folder import AdapterFolder, ModelShape
+from prefixattn.vllm.folder import AdapterFolder, FolderUnavailable, ModelShape
 from prefixattn.vllm.versions import check_version
 
 SHAPE = ModelShape(num_layers=3, num_heads=2, head_dim=8)
@@ -84,9 +85,98 @@ def test_an_adapter_that_does_not_fit(folder, tmp_path, make, text):
         folder.claim("wrong")
 
 
-def test_a_folder_must_be_there(tmp_path):
-    with pytest.raises(NotADirectoryError, match="adapters: "):
-        AdapterFolder(tmp_path / "none", SHAPE)
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 5000, "\ud800"], ids=["256", "5000", "half"])
+def test_a_name_that_no_file_can_have_names_no_adapter(folder, name):
+    assert name not in folder
+    with pytest.raises(KeyError, match="no adapter 'x*.*' in"):
+        folder.claim(name)
+
+
+GONE = {
+    "not there": lambda path: path.rename(path.with_name("away")),
+    "a file": lambda path: (path.rename(path.with_name("away")), path.touch()),
+    "a link to nothing": lambda path: (path.rename(path.with_name("away")), path.symlink_to("x")),
+}
+
+
+@pytest.mark.parametrize("spoil", GONE.values(), ids=GONE.keys())
+def test_a_folder_that_is_not_there_is_said_at_each_use(tmp_path, spoil):
+    path = tmp_path / "adapters"
+    prefix().save_pretrained(path / "ours")
+    folder = AdapterFolder(path, SHAPE)
+    before = folder.claim("ours")
+    spoil(path)
+    for use in (
+        lambda: "ours" in folder,
+        lambda: list(folder),
+        lambda: folder.claim("ours"),
+        lambda: folder.known("ours"),
+        lambda: folder.pairs(before),
+        folder.check,
+    ):
+        with pytest.raises(FolderUnavailable, match="folder of adapters .* cannot be read"):
+            use()
+    if path.is_symlink() or path.exists():
+        path.unlink()
+    (tmp_path / "away").rename(path)
+    assert folder.claim("ours") == before
+
+
+def test_a_folder_may_come_later(tmp_path):
+    folder = AdapterFolder(tmp_path / "adapters", SHAPE)
+    prefix().save_pretrained(tmp_path / "adapters" / "ours")
+    assert folder.claim("ours").num_tokens == 5
+
+
+def rewrite(path):
+    """Other numbers in the same file, with the size and the times that it had."""
+    file = path / "prefix.safetensors"
+    before = file.stat()
+    with file.open("r+b") as written:
+        written.seek(-64, os.SEEK_END)
+        written.write(bytes(64))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_another_content_is_seen_behind_the_times_of_the_old(folder, tmp_path):
+    old = folder.claim("ours")
+    rewrite(tmp_path / "ours")
+    assert folder.claim("ours").digest != old.digest
+
+
+def test_another_content_is_seen_within_one_tick_of_the_clock(folder, tmp_path, monkeypatch):
+    """A file system may give two writes the same time: what was just written is read again."""
+    stamp = folder_module._stamp(tmp_path / "ours")
+    monkeypatch.setattr(folder_module, "_stamp", lambda path: stamp)
+    old = folder.claim("ours")
+    assert folder.known("ours") is None
+    rewrite(tmp_path / "ours")
+    assert folder.claim("ours").digest != old.digest
+
+
+def test_what_lies_for_a_while_is_not_read_again(folder, monkeypatch):
+    monkeypatch.setattr(folder_module, "SETTLED_NS", -(10**18))
+    claim = folder.claim("ours")
+    monkeypatch.setattr(folder_module, "_digest", None)  # it would fail
+    assert folder.known("ours") is claim
+    assert folder.claim("ours") is claim
+
+
+def test_a_content_that_changes_while_it_is_read_is_not_taken_for_the_old(
+    folder, tmp_path, monkeypatch
+):
+    """Its digest would be the old's, and its numbers the new's."""
+    load = folder_module.load
+
+    def replaced_first(path):
+        rewrite(path)
+        return load(path)
+
+    stamp = folder_module._stamp(tmp_path / "ours")
+    monkeypatch.setattr(folder_module, "_stamp", lambda path: stamp)
+    monkeypatch.setattr(folder_module, "load", replaced_first)
+    claim = folder.claim("ours")
+    assert claim.digest == folder_module._digest(tmp_path / "ours", stamp)
 
 
 def test_a_claim_survives_the_way_to_the_scheduler():

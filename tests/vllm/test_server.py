@@ -11,6 +11,7 @@ import pytest
 from patience import PATIENCE
 
 from prefixattn.vllm.testing import Server
+from prefixattn.vllm.versions import installed_version
 
 httpx = pytest.importorskip("httpx", reason="needs vLLM's environment: make test-vllm brings it")
 
@@ -31,6 +32,8 @@ class Served(Server):
         own += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "640"]
         own += ["--block-size", "32", "--num-gpu-blocks-override", "300", "--seed", "0"]
         own += ["--kv-transfer-config", config.strip()]
+        if installed_version() >= "0.30":  # tokens in and out, which were always served before
+            own += ["--enable-scale-out"]
         own += ["--middleware", "prefixattn.vllm.middleware.ChooseByModel", *options]
         super().__init__(own, log, env=env)
         self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
@@ -88,6 +91,66 @@ def test_chat_and_streaming(server):
     assert [t for x in parts for t in json.loads(x)["choices"][0]["token_ids"] or ()] == wanted
 
 
+def generated(server, path, **body):
+    """Text that an endpoint answers an adapter's first prompt with, and what it says instead."""
+    limits = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    answer = server.post(path, **({"model": "ours-40"} | limits | body))
+    return answer.status_code, answer.json()
+
+
+def test_endpoints_that_generate_answer_with_the_adapter(server):
+    text = server.post(**server.body(1, "ours-40")).json()["choices"][0]["text"]
+    assert text != server.post(**server.body(1)).json()["choices"][0]["text"]
+    prompt, wanted = server.prompts[1], server.expected["ours-40"][1]["tokens"]
+    messages = [{"role": "user", "content": prompt}]
+    status, said = generated(server, "/v1/chat/completions/batch", messages=[messages, messages])
+    assert (status, [c["message"]["content"] for c in said["choices"]]) == (200, [text] * 2)
+    limits = {"max_output_tokens": 16, "input": messages, "max_tokens": None}
+    status, said = generated(server, "/v1/responses", **limits)
+    assert (status, said["output"][0]["content"][0]["text"]) == (200, text)
+    status, said = generated(server, "/v1/messages", messages=messages)
+    assert (status, said["content"][0]["text"]) == (200, text)
+    sampling = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    ids = server.post("/tokenize", model="ours-40", prompt=prompt).json()["tokens"]
+    status, said = generated(
+        server, "/inference/v1/generate", token_ids=ids, sampling_params=sampling
+    )
+    if installed_version().startswith("0.28."):  # which would drop it
+        assert (status, "cannot answer with" in said["error"]["message"]) == (400, True)
+    else:
+        assert (status, said["choices"][0]["token_ids"]) == (200, wanted)
+    assert server.wrong() == []
+
+
+def test_an_endpoint_that_would_lose_the_adapter_refuses_it(server):
+    named = {"kv_transfer_params": {"prefixattn": "ours-40"}}
+    for asked in ({"model": "ours-40"}, {"model": "base"} | named):
+        answer = server.post("/v1/completions/render", prompt="Hello", **asked)
+        assert answer.status_code == 400
+        assert "/v1/completions/render cannot answer with" in answer.text
+    assert server.post("/v1/completions/render", model="base", prompt="Hello").status_code == 200
+
+
+def test_a_folder_that_is_away_concerns_requests_with_adapters_alone(server):
+    away = server.adapters.with_name("away")
+    server.adapters.rename(away)
+    by_parameter = server.body(0, kv_transfer_params={"prefixattn": "peft-7"})
+    words_alone = installed_version().startswith("0.28.")
+    for body, status in (
+        (server.body(0, "ours-40"), 503),
+        (by_parameter, 400 if words_alone else 503),
+    ):
+        answer = server.post(**body)
+        assert answer.status_code == status
+        assert "requests with an adapter are answered once it is there" in answer.text
+    answer = server.post(**server.body(0)).json()
+    assert answer["choices"][0]["token_ids"] == server.expected["base"][0]["tokens"]
+    listed = server.client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["base"]
+    away.rename(server.adapters)
+    assert server.wrong() == []
+
+
 def test_usage_counts_the_prefix(server):
     alone = server.post(**server.body(0)).json()["usage"]["prompt_tokens"]
     assert server.post(**server.body(0, "ours-40")).json()["usage"]["prompt_tokens"] == alone + 40
@@ -112,6 +175,9 @@ SALT = "prefixattn:" + "0" * 32
 HOSTILE = {
     "an unknown model": ({"model": "nobody"}, 404),
     "a way out": ({"model": "../adapters/ours-40"}, 404),
+    "a long name": ({"model": "x" * 300}, 404),
+    "a name with a slash": ({"model": "org/ours-40"}, 404),
+    "a long adapter": ({"kv_transfer_params": {"prefixattn": "x" * 5000}}, 400),
     "an unknown adapter": ({"kv_transfer_params": {"prefixattn": "nobody"}}, 400),
     "a path": ({"kv_transfer_params": {"prefixattn": "/etc"}}, 400),
     "a made up claim": (
@@ -176,6 +242,39 @@ def test_adapters_come_go_and_are_replaced_while_it_runs(server):
     assert server.wrong() == []
 
 
+def test_a_replacement_under_load_is_never_unseen(server):
+    """Who asks after someone has had the new content's answer never gets the old content's."""
+    wanted = {v: server.expected[f"ours-40{v}"][1]["tokens"] for v in ("", "-new")}
+    for version, source in (("", server.adapters), ("-new", server.world / "spare")):
+        shutil.copytree(source / f"ours-40{version}", server.world / f"content{version}")
+    link, spare = server.adapters / "swapped", server.world / "swapped"
+    link.symlink_to(server.world / "content")
+    spare.symlink_to(server.world / "content-new")
+    seen = {"": 0, "-new": 0}
+
+    async def client(http):
+        while seen["-new"] < 30:
+            new_before = seen["-new"]
+            answer = await http.post("/v1/completions", json=server.body(1, "swapped"))
+            if answer.status_code != 200:  # accepted with the old content, and it was gone
+                assert not new_before, answer.text
+                continue
+            tokens = answer.json()["choices"][0]["token_ids"]
+            (version,) = [v for v in wanted if wanted[v] == tokens]
+            assert version == "-new" or not new_before
+            seen[version] += 1
+            if seen[""] == 30 and spare.is_symlink():
+                spare.replace(link)  # in one step: it is there at every moment
+
+    async def clients():
+        async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
+            await asyncio.gather(*(client(http) for _ in range(12)))
+
+    asyncio.run(clients())
+    link.unlink()
+    assert server.wrong() == []
+
+
 def test_a_damaged_adapter_ends_its_own_requests(server):
     broken = server.adapters / "broken"
     shutil.copytree(server.adapters / "ours-40", broken)
@@ -227,3 +326,39 @@ def test_two_engines_behind_one_server(made_world, tmp_path):
         assert {(answer.status_code, answer.text) for answer in said} == {(401, said[0].text)}
         server.client.headers["authorization"] = f"Bearer {KEY}"
         assert server.wrong() == []
+
+
+def test_names_of_lora_adapters_are_the_servers(made_world, tmp_path):
+    """Below a root path, with LoRA from the start and later, and a folder that comes later."""
+    shutil.copytree(made_world, tmp_path / "world")
+    lora = tmp_path / "world" / "lora"
+    options = ["--root-path", "/llm", "--enable-lora", "--max-lora-rank", 8]
+    options += ["--lora-modules", f"peft-7={lora}"]
+    env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with Served(tmp_path / "world", tmp_path / "log", *options, **env) as server:
+
+        def asked(name, path):
+            answer = server.post(path, **server.body(2, name))
+            note = answer.headers.get("x-prefixattn-note", "")
+            for of, answers in server.expected.items():
+                if answer.json()["choices"][0]["token_ids"] == answers[2]["tokens"]:
+                    return of, "kv_transfer_params" in note
+            return answer.text, note
+
+        for path in ("/v1/completions", "/llm/v1/completions"):
+            assert asked("base", path) == ("base", False)
+            assert asked("ours-40", path) == ("ours-40", False)
+            assert asked("peft-7", path) == ("lora:base", True)
+        listed = server.client.get("/llm/v1/models").json()["data"]
+        assert sorted(model["id"] for model in listed) == sorted(NAMES)
+        load = {"lora_name": "ours-40", "lora_path": str(lora)}
+        said = server.post("/v1/load_lora_adapter", **load)
+        assert (said.status_code, "x-prefixattn-note" in said.headers) == (200, True)
+        assert asked("ours-40", path) == ("lora:base", True)
+        (server.adapters / "ours-40").rename(tmp_path / "away")
+        assert asked("ours-40", path) == ("lora:base", False)
+        (tmp_path / "away").rename(server.adapters / "ours-40")
+        assert server.post("/v1/unload_lora_adapter", **load).status_code == 200
+        assert asked("ours-40", path) == ("ours-40", False)
+        log = (tmp_path / "log").read_text()
+    assert log.count("is not reached by model") == 2  # once for each

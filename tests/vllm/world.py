@@ -64,13 +64,14 @@ def base(seed=0):
 
 def save_adapter(name, folder, seed):
     """Into ``folder``, in the format that the name begins with; random keys and values."""
-    torch.manual_seed(seed)
     num_tokens = ADAPTERS.get(name.removesuffix("-new"), 16)
+    model = base()
+    torch.manual_seed(seed)  # behind the model, which has a seed of its own
     if name.startswith("peft"):
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_tokens)
-        get_peft_model(base(), config).save_pretrained(folder)
+        get_peft_model(model, config).save_pretrained(folder)
     else:
-        prefixattn.Prefix.random(base(), num_tokens).save_pretrained(folder)
+        prefixattn.Prefix.random(model, num_tokens).save_pretrained(folder)
 
 
 def answer(model, ids):
@@ -128,6 +129,7 @@ def main(folder):
         assert found[name] != found["base"], f"{name}: the oracle has lost its prefix"
     save_adapter("ours-40-new", folder / "spare" / "ours-40-new", 99)
     found["ours-40-new"] = answers(folder / "spare" / "ours-40-new", "ours-40-new")
+    assert found["ours-40-new"] != found["ours-40"], "a replacement would not be seen"
     found |= with_lora(folder / "lora", folder / "adapters" / "ours-40")
     (folder / "expected.json").write_text(json.dumps({"prompts": PROMPTS, "answers": found}))
 
