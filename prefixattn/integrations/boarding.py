@@ -76,7 +76,8 @@ class Boarding:
         self.options = options
         self.namings = namings
         self.hooks: Hooks  # given where they are put
-        self.look(stack, Places(stack, all(s.causal for s in self.slots if not s.crosses)))
+        self.causal = all(s.causal for s in self.slots if not s.crosses)
+        self.look(stack, Places(stack, self.causal))
         self.entries = [Entries() for _ in groups]
         self.longest = [group.source.num_tokens for group in groups]  # attach looks at those
         self.takes_keywords = takes_keywords(stack)
@@ -163,7 +164,8 @@ class Boarding:
         if args:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
         # What an encoder-decoder is told of its decoder's text has names of its own.
-        text = "decoder_" if model.config.is_encoder_decoder and self.places.causal else ""
+        # Nothing of `places` is read here: a compiler would keep it, and `keep_up` may change it.
+        text = "decoder_" if model.config.is_encoder_decoder and self.causal else ""
         mask, places = kwargs.get(f"{text}attention_mask"), kwargs.get(f"{text}position_ids")
         self.caller.set(Caller(by_key(mask), mask is not None, places is not None))
 
@@ -322,7 +324,7 @@ class Boarding:
         own = caller is None or (caller.masks and caller.mask is None)
         if row is not None and (not counts or (dense and own)):
             return row
-        return self.places.counted_places(kwargs, inputs, cached, caller)
+        return self.places.counted_places(kwargs, inputs, cached, caller, in_windows=True)
 
 
 def _refuse(model: PreTrainedModel, why: str | None) -> None:

@@ -84,7 +84,7 @@ def _notes(old: type) -> dict[str, Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        noting: list[Boards] = getattr(self, NOTING, [])
+        noting = [boarding for boarding in getattr(self, NOTING, []) if not boarding.closed]
         for boarding in noting:
             boarding.note_caller(self, args, kwargs)
         try:

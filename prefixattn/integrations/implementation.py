@@ -275,7 +275,9 @@ MEMBERS = {"config": _sees_config, CONFIG: _sees_our_config}
 
 def _through(place: str) -> property:
     def get(module: Any) -> Any:
-        return getattr(module, place).view
+        naming = getattr(module, place)
+        # A copy that shares its original's modules is not told that they were detached.
+        return naming.config if naming.view is None else naming.view
 
     def put(module: Any, config: Any) -> None:
         naming = getattr(module, place)

@@ -108,8 +108,13 @@ class Places:
         inputs: Tensor,
         cached: int | Tensor,
         caller: Caller | None = None,
+        in_windows: bool = False,
     ) -> Tensor:
-        """``[B or 1, M]``: how many text tokens stand before each; padding is left out."""
+        """``[B or 1, M]``: how many text tokens stand before each; padding is left out.
+
+        With ``in_windows`` they are counted for windows alone. A static cache of sliding layers has
+        a mask of its last slots: padding before them, which no window shows, is not left out.
+        """
         length = inputs.shape[1]
         if isinstance(cached, int):
             places = torch.arange(cached, cached + length, device=inputs.device)
@@ -118,7 +123,8 @@ class Places:
         mask = self._padding(kwargs, caller)
         if not self.causal or mask is None:
             return places[None]
-        if isinstance(cached, int) and mask.shape[1] < cached + length:
+        covered = not isinstance(cached, int) or mask.shape[1] >= cached + length
+        if not (covered or in_windows):
             raise ValueError(
                 f"attention_mask must cover the {cached} cached and {length} new tokens, "
                 f"got {tuple(mask.shape)}"
@@ -127,7 +133,11 @@ class Places:
         if self.counts_mask:
             return (mask.long().cumsum(dim=1) - 1).index_select(1, places).clamp(min=0)
         # Left padding must not come between prefix and text; what is masked later keeps its place.
-        return (places - mask.int().argmax(dim=1, keepdim=True)).clamp(min=0)
+        padding = mask.int().argmax(dim=1, keepdim=True)
+        if in_windows:
+            before = (places[-1] + 1 - mask.shape[1]).clamp(min=0)  # slots that the mask leaves out
+            padding = torch.where(padding > 0, padding + before, 0)
+        return (places - padding).clamp(min=0)
 
     def _padding(self, kwargs: dict[str, Any], caller: Caller | None) -> Tensor | None:
         """``[B, N]`` bool: the mask of this forward, or what its caller gave."""
