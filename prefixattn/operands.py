@@ -50,10 +50,13 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether some of the tensor's numbers share their memory, as in a sliding window."""
+    """Whether some of the tensor's numbers share their memory, as in a sliding window.
+
+    What was expanded, with a stride of 0, is not meant: it reads as well as any other.
+    """
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
+        if size > 1 and stride != 0:
             if stride < reach:
                 return True
             reach += (size - 1) * stride

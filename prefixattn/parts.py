@@ -95,9 +95,9 @@ class KernelPart:
         p = self.problem
         key, value = (p.key, p.value) if self.half == "sequence" else (p.prefix_key, p.prefix_value)
         k, v = (part[self.source_rows, :, self.slots] for part in (key, value))
-        q = self._of_queries(p.query)
-        # PyTorch's kernels lay their results out as the queries are.
-        return q.contiguous() if overlaps(q) else q, k, v
+        # PyTorch's kernels lay their results out as the queries are, and refuse such keys.
+        q, k, v = (x.contiguous() if overlaps(x) else x for x in (self._of_queries(p.query), k, v))
+        return q, k, v
 
     def _of_queries(self, x: Tensor) -> Tensor:
         return x[self.rows][:, :, self.queries]

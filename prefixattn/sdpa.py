@@ -121,12 +121,12 @@ def _softmax(p: Problem, halves: tuple[str, ...]) -> tuple[Tensor, LogSum]:
 def _rounds(lse: Tensor) -> bool:
     """Whether the rounding of some log-sum-exp counts.
 
-    Below this size it moves a probability by 2^-12 of itself at most, as much as the rounding of
+    Below this size it moves a probability by 2^-17 of itself at most, as much as the rounding of
     such a score does. On other devices than the CPU no kernel takes a bias, and none is asked.
     """
     if lse.device.type != "cpu":
         return False
-    return bool(((lse.abs() >= 4096) & lse.isfinite()).any())
+    return bool(((lse.abs() >= 128) & lse.isfinite()).any())
 
 
 def _overflowed(out: Tensor) -> bool:
