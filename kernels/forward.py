@@ -199,9 +199,9 @@ def _walk(state, mine, prefix, sequence, spans, how, long, shape: tl.constexpr):
 def _set_aside(state, mine, long, how, shape: tl.constexpr):
     """The state without its sum of values, which is added to those of the stretches before.
 
-    In memory a query's sums are relative to its `anchor`, the maximum when they were begun. Where
-    the maximum has outgrown that by 2^64, what was there is nothing beside it, and they are begun
-    anew: so sums are only ever added to, and none is read before the end.
+    In memory a query's sums are relative to its `anchor`, the maximum when they were begun, and to
+    2^32. Where the maximum has outgrown that by 2^64, what was there is nothing beside it, and they
+    are begun anew: so sums are only ever added to, and none is read before the end.
     """
     start, number = _sums(mine, long), mine.number[:, None]
     known = state.anchor > -INFINITY
@@ -213,7 +213,7 @@ def _set_aside(state, mine, long, how, shape: tl.constexpr):
     nothing = tl.zeros_like(state.summed)
     tl.store(pointers, nothing, mask=inside)
     tl.debug_barrier()  # before other threads add to it
-    growth = weigh(state.peak, tl.where(anchor == -INFINITY, 0.0, anchor), 0.0, how)
+    growth = weigh(state.peak, tl.where(anchor == -INFINITY, 0.0, anchor), 32.0, how)
     add_tile(
         state.summed * growth[:, None], start, long.sums.token, mine.first, mine.at.queries,
         shape.BLOCK_M, shape.D_V, shape.BLOCK_DV,
@@ -231,7 +231,7 @@ def _collect(state, mine, long, how, shape: tl.constexpr):
     )  # fmt: skip
     tl.debug_barrier()  # before a second softmax begins its sums here
     safe = tl.where(state.peak == -INFINITY, 0.0, state.peak)
-    summed *= weigh(state.anchor, safe, 0.0, how)[:, None]
+    summed *= weigh(state.anchor, safe, -32.0, how)[:, None]
     return State(state.peak, state.total, state.excess, summed, state.anchor)
 
 
