@@ -72,6 +72,7 @@ VARIANTS = {
     "window": Variant({"window": 128, "positions": True}),
     "dropout": Variant(dropout=0.1, decodes=False),
     "small prefix": Variant({"P": 16}),
+    "long": Variant({"B": 1, "H": 2, "H_kv": 1, "M": 33024, "N": 33024}, decodes=False),
     "prefix tuning": Variant(wanted=("prefix_key", "prefix_value"), decodes=False),
 }
 # Many queries; few; and so few that a tile of 16 holds those of all rows. Sizes that are divisible

@@ -12,8 +12,8 @@ from torch import Tensor
 from prefixattn.kernels import config
 from prefixattn.kernels.config import Tiles
 from prefixattn.kernels.rows import Where
-from prefixattn.kernels.scores import Bias, How
-from prefixattn.kernels.tile import INTERPRETED, View
+from prefixattn.kernels.scores import Bias, How, unit_of
+from prefixattn.kernels.tile import INTERPRETED, Long, View
 from prefixattn.problem import Problem
 
 
@@ -42,12 +42,12 @@ def how(problem: Problem) -> How:
     """How scores come about."""
     p = problem
     floats = p.attn_mask is not None and p.attn_mask.dtype != torch.bool
-    additive = floats or p.prefix_bias is not None
-    plain = p.softcap is None and p.alibi_slopes is None and not additive
+    added = floats or p.prefix_bias is not None or p.alibi_slopes is not None
+    plain = p.softcap is None and p.sinks is None and not added
     dropped = p.dropout_seed is not None
     return How(
         scale=float(p.scale),
-        late_scale=_flag(plain and p.scale > 0),
+        unit=unit_of(float(p.scale), plain),
         causal=_flag(p.is_causal),
         window=p.window,
         prefix_window=_flag(p.windowed_prefix),
@@ -55,7 +55,6 @@ def how(problem: Problem) -> How:
         alibi_slopes=_contiguous(p.alibi_slopes),
         attn_mask=_bias(p.attn_mask, (p.B, p.H, p.M, p.N)),
         prefix_bias=_bias(p.prefix_bias, (p.B, p.H, p.M, p.P)),
-        additive=_flag(additive),
         dropout_seed=p.dropout_seed,
         dropout_threshold=round(p.dropout_p * 2**32) if dropped else None,
         dropout_scale=1 / (1 - p.dropout_p) if dropped else None,
@@ -69,6 +68,16 @@ def lengths(problem: Problem) -> tuple[int, int, int, int, int, int | None]:
     if offset is None and p.query_offsets is None and not p.packed:
         offset = p.N - p.M
     return p.rows, p.H_kv, p.M, p.N, p.P, offset
+
+
+def long(problem: Problem, shape: Tiles, width: int) -> Long | None:
+    """Room for the sums `[B, H, M, width]` of problems with many slots; None: they have few."""
+    p = problem
+    stretch = config.stretch(shape, (p.max_seqlen_k or p.N) + p.P, 8 * p.query.element_size())
+    if stretch is None:
+        return None
+    sums = torch.zeros(p.B, p.H, p.M, width, dtype=torch.float32, device=p.query.device)
+    return Long(View(sums, *sums.stride()[:3]), stretch)
 
 
 # Triton would compile a kernel anew for a length that is 1 or divisible by 16.

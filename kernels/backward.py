@@ -1,9 +1,9 @@
 """The backward: delta, dq, and (in `dkv`) the gradients of keys and values.
 
-With `p = exp(score - lse)` and `delta = sum(dout * out) - dlse` the gradient of a score is
-`p * (dout · value - delta)` (Dao et al., "FlashAttention", 2022, appendix B.4; the gradient of lse
-joins delta). dq walks slots as the forward does. What is kept from the forward is its inputs, its
-output and `lse`.
+With `p = exp(score - lse - lse_rest)` and `delta = sum(dout * out) - dlse` the gradient of a score
+is `p * (dout · value - delta)` (Dao et al., "FlashAttention", 2022, appendix B.4; the gradient of
+lse joins delta). dq walks slots as the forward does. What is kept from the forward is its inputs,
+its output, `lse` and its rest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from prefixattn.kernels.arguments import (
     LENGTHS,
     how,
     lengths,
+    long,
     on_device_of,
     options,
     tiles_for,
@@ -37,6 +38,7 @@ from prefixattn.kernels.rows import (
 )
 from prefixattn.kernels.scores import keep, score, weigh
 from prefixattn.kernels.tile import (
+    add_tile,
     dot,
     load_slots,
     load_tile,
@@ -45,7 +47,7 @@ from prefixattn.kernels.tile import (
     store_tile,
     wide,
 )
-from prefixattn.kernels.upstream import Upstream, at_queries, drop, load_queries, of_half
+from prefixattn.kernels.upstream import Upstream, at_queries, choose, drop, load_queries
 from prefixattn.problem import Problem, room_like
 
 
@@ -55,6 +57,7 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_rest: Tensor,
     wanted: tuple[str, ...],
 ) -> list[Tensor]:
     """Gradients of the `wanted` arguments, each in its own dtype."""
@@ -62,7 +65,8 @@ def backward(
     if p.rows * p.M == 0:
         return [torch.zeros_like(getattr(p, name)) for name in wanted]
     with on_device_of(p.query):
-        up = _upstream(p, torch.zeros_like(out) if dout is None else dout, dlse, out, lse)
+        dout = torch.zeros_like(out) if dout is None else dout
+        up = _upstream(p, dout, dlse, out, lse, lse_rest)
         grads = dkv.slots(p, up, wanted)
         if "query" in wanted:
             grads["query"] = _queries(p, up)
@@ -73,13 +77,24 @@ def backward(
     return [grads[name].to(getattr(p, name).dtype) for name in wanted]
 
 
-def _upstream(p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Upstream:
+def _upstream(
+    p: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor
+) -> Upstream:
     if p.prefix_gate is None:
-        return Upstream(dout, lse, _delta(p, dout, out, dlse), None, None, None)
+        delta = _delta(p, dout, out, dlse)
+        return Upstream(dout, lse.contiguous(), rest.contiguous(), delta, None, None, None, None)
     # Only the sum of the two outputs was kept: they are made again.
-    out, lse, prefix_out, prefix_lse = halves(p)
-    delta, prefix_delta = _delta(p, dout, out, dlse), _delta(p, dout, prefix_out, None)
-    return Upstream(dout, lse, delta, prefix_lse, prefix_delta, p.prefix_gate)
+    own, prefix = halves(p)
+    return Upstream(
+        dout=dout,
+        lse=own.lse,
+        rest=own.rest,
+        delta=_delta(p, dout, own.out, dlse),
+        prefix_lse=prefix.lse,
+        prefix_rest=prefix.rest,
+        prefix_delta=_delta(p, dout, prefix.out, None),
+        gate=p.prefix_gate,
+    )
 
 
 def _delta(p: Problem, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
@@ -97,7 +112,7 @@ def _delta(p: Problem, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor
 def _sinks(p: Problem, up: Upstream) -> Tensor:
     """A sink's probability times minus delta, summed over all queries of its head."""
     assert p.sinks is not None
-    share = torch.exp(p.sinks.to(up.lse.dtype)[:, None] - up.lse)
+    share = torch.exp(p.sinks.to(up.lse.dtype)[:, None] - up.lse - up.rest)
     return -(share.masked_fill(up.lse == -torch.inf, 0) * up.delta).sum((0, 2))
 
 
@@ -114,6 +129,7 @@ def _queries(p: Problem, up: Upstream) -> Tensor:
         view(dquery),
         where(p),
         how(p),
+        long(p, shape, p.D),
         *lengths(p),
         shape,
         **options(shape),
@@ -139,14 +155,19 @@ def _delta_kernel(dout, out, dlse, delta, heads, M, blocks, shape: tl.constexpr)
 
 
 class Queries(NamedTuple):
-    """Queries `[BLOCK_M, BLOCK_D]`, their `dout`, numbers `[BLOCK_M]`, head, row, upstream."""
+    """Queries `[BLOCK_M, BLOCK_D]`, their `dout`, the first's number and all, head, row.
+
+    And the upstream of the prefix's softmax and of the sequence's, which are one without a gate.
+    """
 
     q: Any
     dout: Any
+    first: Any
     number: Any
     head: Any
     at: Any
-    up: Any
+    of_prefix: Any
+    of_sequence: Any
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -160,6 +181,7 @@ def _dq(
     dquery,
     where,
     how,
+    long,
     rows,
     kv_heads,
     M,
@@ -169,14 +191,18 @@ def _dq(
     shape: tl.constexpr,
 ):
     row, head, tile = query_tile(tl.program_id(0), where, rows, kv_heads, M, shape)
-    at = locate(where, row, rows, M, N, P, query_offset)
+    at = locate(where, how, row, rows, M, N, P, query_offset)
     first = tile * shape.BLOCK_M
     if first >= at.queries:
         return
     number = first + tl.arange(0, shape.BLOCK_M)
     q, d = load_queries(query, up.dout, first, head, at, True, shape)
-    here = at_queries(up, number, head, at, M, kv_heads * shape.GROUP)
-    mine = Queries(q, d, number, head, at, here)
+    no, heads = tl.full((), False, tl.int1), kv_heads * shape.GROUP
+    here = at_queries(up, no, number, head, at, how, M, heads)
+    of_prefix = here
+    if up.gate is not None:
+        of_prefix = at_queries(up, ~no, number, head, at, how, M, heads)
+    mine = Queries(q, d, first, number, head, at, of_prefix, here)
     kv_head = head // shape.GROUP
     prefix = source(prefix_key, prefix_value, tl.maximum(at.entry, 0), kv_head, 0)
     sequence = source(key, value, at.batch, kv_head, at.first_key)
@@ -186,8 +212,11 @@ def _dq(
     if shape.BLOCK_P > 0:
         yes = tl.full((), True, tl.int1)
         dq = _to_query(dq, mine, prefix, sequence, yes, 0, how, shape.BLOCK_P, True, shape)
-    dq = walk(_to_query, dq, mine, prefix, sequence, spans, how, False, shape)
-    dq = walk(_to_query, dq, mine, prefix, sequence, spans, how, True, shape)
+    dq = walk(_to_query, _set_aside, dq, mine, prefix, sequence, spans, how, long, False, shape)
+    dq = walk(_to_query, _set_aside, dq, mine, prefix, sequence, spans, how, long, True, shape)
+    if long is not None:
+        tl.debug_barrier()  # what other threads have added
+        dq += _sums(mine, long, shape)
     start = place(dquery, at.batch, head, at.first_query + first)
     store_tile(
         dq * how.scale,
@@ -199,6 +228,27 @@ def _dq(
         shape.D,
         shape.BLOCK_D,
     )
+
+
+@triton.jit
+def _set_aside(dq, mine, long, how, shape: tl.constexpr):
+    """Zeros, once dq is added to the sums of the stretches before."""
+    start = place(long.sums, mine.at.batch, mine.head, mine.at.first_query + mine.first)
+    add_tile(
+        dq, start, long.sums.token, mine.first, mine.at.queries, shape.BLOCK_M, shape.D,
+        shape.BLOCK_D,
+    )  # fmt: skip
+    return tl.zeros_like(dq)
+
+
+@triton.jit
+def _sums(mine, long, shape: tl.constexpr):
+    """The sums of a program's queries so far."""
+    start = place(long.sums, mine.at.batch, mine.head, mine.at.first_query + mine.first)
+    return load_tile(
+        start, long.sums.token, mine.first, 0, mine.at.queries, shape.BLOCK_M, shape.D,
+        shape.BLOCK_D, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -220,12 +270,12 @@ def _to_query(
     slot = first + tl.arange(0, BLOCK)[None, :]
     number, at = mine.number[:, None], mine.at
     nothing = tl.full((shape.BLOCK_M, BLOCK), 0.0, tl.float32)
-    lse, delta = of_half(mine.up, in_prefix)
+    here = choose(in_prefix, mine.of_prefix, mine.of_sequence)
     products = dot(mine.q, tl.trans(k), nothing, shape)
     scores, slope = score(products, number, slot, in_prefix, mine.head, at, how, MASKED)
-    weights = weigh(scores, lse[:, None], how) * tl.where(in_prefix, mine.up.gate, 1.0)
+    weights = weigh(scores, here.level[:, None], here.rest[:, None], how) * here.gate
     grads = dot(mine.dout, tl.trans(v), nothing, shape)
     if how.dropout_seed is not None:
         grads = drop(grads, keep(number, slot, in_prefix, mine.head, at, how), how)
-    grads = weights * (grads - delta[:, None]) * slope
+    grads = weights * (grads - here.delta[:, None]) * slope
     return dot(grads.to(k.dtype), k, dq, shape)

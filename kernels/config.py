@@ -158,13 +158,38 @@ def tiles(
     )
 
 
+# Numbers that one accumulator sums, by their bits: as many as leave an error under their rounding.
+# Tensor cores add 16 products at a time, and truncate: 2^-23 of the sum each time, at worst.
+LONGEST_SUM = {16: 32768, 32: 4096}
+
+
+def stretch(shape: Tiles, slots: int, bits: int) -> int | None:
+    """Tiles of a stretch that one accumulator sums, or None: all of a row's slots are no more."""
+    longest = LONGEST_SUM[bits]
+    return None if slots <= longest else max(1, longest // shape.BLOCK_N)
+
+
 WIDEST_PAIR = 256  # of BLOCK_D + BLOCK_DV: wider, the accumulators of dk and dv spill together
+
+
+class Stretches(NamedTuple):
+    """How sums over many queries are cut, so that one accumulator sums one stretch of them.
+
+    A sequence tile's sum runs over `key_chunks` chunks of `key_chunk` queries of each head of the
+    group. A stretch is so many chunks of the sum of a prefix tile, or of a sequence tile.
+    """
+
+    key_chunks: int
+    key_chunk: int
+    prefix_units: int
+    key_units: int
 
 
 class Plan(NamedTuple):
     """How dk and dv are cut: programs, parts of each sum, and the queries a part is counted in.
 
     A prefix tile's sum runs over `chunks` chunks of `chunk` queries of each of its rows and heads.
+    Without `stretches` no part is too long for one accumulator.
     """
 
     prefix_programs: int
@@ -173,6 +198,7 @@ class Plan(NamedTuple):
     key_splits: int
     chunks: int
     chunk: int
+    stretches: Stretches | None
 
 
 def plan(
@@ -182,6 +208,7 @@ def plan(
     bank_rows: int,
     row_queries: int,
     key_tiles: int,
+    bits: int,
 ) -> Plan:
     """Cut the sums over queries so that no program is much longer than its share of the chip.
 
@@ -192,16 +219,38 @@ def plan(
         bank_rows: rows that may share a bank entry.
         row_queries: queries of the longest row.
         key_tiles: tiles of the sequence's slots, of all heads and rows.
+        bits: of a number, 16 or 32.
     """
-    processors = CHIPS[target].processors
+    processors, longest = CHIPS[target].processors, LONGEST_SUM[bits]
     wanted = -(-2 * processors // max(1, bank_tiles))
     chunks = max(1, min(-(-wanted // (bank_rows * shape.GROUP)), -(-row_queries // shape.BLOCK_M)))
-    chunk = -(-row_queries // (chunks * shape.BLOCK_M)) * shape.BLOCK_M
-    prefix_splits = max(1, min(wanted, chunks * bank_rows * shape.GROUP))
+    chunks = max(chunks, -(-row_queries // longest))
+    chunk = _chunk(row_queries, chunks, shape)
+    units = chunks * bank_rows * shape.GROUP
+    prefix_splits = max(1, min(wanted, units))
     key_splits = max(1, min(processors // max(1, key_tiles), shape.GROUP))
+    stretches = None
+    most = max(-(-units // prefix_splits) * chunk, -(-shape.GROUP // key_splits) * row_queries)
+    if most > longest:
+        key_chunks = -(-row_queries // longest)
+        key_chunk = _chunk(row_queries, key_chunks, shape)
+        stretches = Stretches(
+            key_chunks, key_chunk, max(1, longest // chunk), max(1, longest // key_chunk)
+        )
     return Plan(
-        bank_tiles * prefix_splits, prefix_splits, key_tiles * key_splits, key_splits, chunks, chunk
+        bank_tiles * prefix_splits,
+        prefix_splits,
+        key_tiles * key_splits,
+        key_splits,
+        chunks,
+        chunk,
+        stretches,
     )
+
+
+def _chunk(queries: int, chunks: int, shape: Tiles) -> int:
+    """Queries of each of so many chunks of whole tiles."""
+    return -(-queries // (chunks * shape.BLOCK_M)) * shape.BLOCK_M
 
 
 class DecodePlan(NamedTuple):
@@ -231,8 +280,11 @@ def decode_plan(
     packed_rows: int,
     prefix_slots: int,
     keys: int,
+    bits: int,
 ) -> DecodePlan:
     """Split both sources into parts of about equal length, enough of them to fill the chip.
+
+    No part is longer than one accumulator should sum.
 
     Args:
         target: the chip.
@@ -242,11 +294,13 @@ def decode_plan(
         packed_rows: rows whose queries share a prefix program's tiles.
         prefix_slots: slots of a bank entry; 0 if there is no entry.
         keys: slots of a row's sequence.
+        bits: of a number, 16 or 32.
     """
     prefix_tiles = -(-queries * packed_rows // shape.BLOCK_M) * (row_heads // packed_rows)
     key_tiles = -(-queries // shape.BLOCK_M) * row_heads
     slots = prefix_tiles * prefix_slots + key_tiles * keys
     length = max(SHORTEST_SPLIT, slots // (4 * CHIPS[target].processors))
+    length = min(length, LONGEST_SUM[bits])
     prefix_splits, key_splits = -(-prefix_slots // length), -(-keys // length)
     return DecodePlan(
         prefix_tiles * prefix_splits, prefix_splits, key_tiles * key_splits, key_splits

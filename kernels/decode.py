@@ -27,7 +27,17 @@ from prefixattn.kernels.arguments import (
     where,
 )
 from prefixattn.kernels.rows import key_interval, locate, used_slots
-from prefixattn.kernels.scores import LOG2E, State, begin, load_sink, log_sum, mean, score, soften
+from prefixattn.kernels.scores import (
+    LOG2E,
+    State,
+    add,
+    begin,
+    load_sink,
+    log_sum,
+    mean,
+    score,
+    soften,
+)
 from prefixattn.kernels.tile import INFINITY, dot, inner, load_slots, number_of, place, source, wide
 from prefixattn.problem import Problem
 
@@ -42,8 +52,8 @@ def suits(problem: Problem) -> bool:
     return able and config.is_decode(p.M * p.H // p.H_kv, p.N + p.P)
 
 
-def launch(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    """Fill `out` and `lse`."""
+def launch(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Fill `out`, `lse` and its rest."""
     p = problem
     # Rows that may share a bank entry pack their queries in the same tiles.
     packed_rows = p.B if p.prefix_index is not None or p.R == 1 else 1
@@ -57,20 +67,21 @@ def launch(problem: Problem, out: Tensor, lse: Tensor) -> None:
         packed_rows,
         prefix_slots=p.P if p.R else 0,
         keys=p.N,
+        bits=8 * p.query.element_size(),
     )
     splits = plan.prefix_splits + plan.key_splits
     part_out = torch.empty(
         (splits, p.B, p.H, p.M, p.D_v), dtype=torch.float32, device=p.query.device
     )
     part_lse = torch.empty((splits, p.B, p.H, p.M), dtype=torch.float32, device=p.query.device)
+    parts = Parts(part_out, part_lse, torch.empty_like(part_lse))
     _decode[(plan.prefix_programs + plan.key_programs,)](
         view(p.query),
         view(p.key),
         view(p.value),
         view(p.prefix_key),
         view(p.prefix_value),
-        part_out,
-        part_lse,
+        parts,
         # Rows in the order of their entries; a row with none comes first.
         None if p.prefix_index is None else torch.argsort(p.prefix_index, stable=True),
         where(p),
@@ -83,10 +94,10 @@ def launch(problem: Problem, out: Tensor, lse: Tensor) -> None:
         **options(shape),
     )
     _combine[(p.B * p.H * p.M,)](
-        part_out,
-        part_lse,
+        parts,
         view(out),
         lse,
+        rest,
         p.sinks,
         p.prefix_gate,
         p.H,
@@ -97,6 +108,14 @@ def launch(problem: Problem, out: Tensor, lse: Tensor) -> None:
         shape,
         **(options(shape) | {"num_warps": 1}),
     )
+
+
+class Parts(NamedTuple):
+    """What the splits found: mean values `[splits, B, H, M, D_v]`, `lse` and its rest."""
+
+    out: Any
+    lse: Any
+    rest: Any
 
 
 class Queries(NamedTuple):
@@ -119,8 +138,7 @@ def _decode(
     value,
     prefix_key,
     prefix_value,
-    part_out,
-    part_lse,
+    parts,
     order,
     where,
     how,
@@ -158,13 +176,13 @@ def _decode(
         )
         row = tl.where(in_prefix, sorted_row, row)
     row = tl.where(real, row, rows).to(tl.int32)
-    at = locate(where, row, rows, M, N, P, query_offset)
+    at = locate(where, how, row, rows, M, N, P, query_offset)
     member = packed % queries
     number, head = member // shape.GROUP, kv_head * shape.GROUP + member % shape.GROUP
     width = tl.arange(0, shape.BLOCK_D)[None, :]
     start = place(query, row, head, number)
     q = tl.load(start + width, mask=inner(real, shape.D, shape.BLOCK_D), other=0)
-    low, high = key_interval(at.offset + number, in_prefix, at, how)
+    low, high = key_interval(number, in_prefix, at, how)
     entry = tl.where(in_prefix, at.entry, row)
     entry = tl.where(real & (entry >= 0) & (low < high), entry, NO_ENTRY)
 
@@ -180,7 +198,9 @@ def _decode(
         used_high = tl.max(tl.where(mine.reads, used_high, 0))
         first = tl.min(tl.where(mine.reads, low, NO_ENTRY)) // shape.BLOCK_N
         tiles = tl.cdiv(tl.max(tl.where(mine.reads, high, 0)), shape.BLOCK_N) - first
-        for n in range(split * tiles // splits, (split + 1) * tiles // splits):
+        each = tl.cdiv(tiles, splits)  # split * tiles may have more than 32 bits
+        first += split * each
+        for n in range(tl.minimum(each, tiles - split * each)):
             slot = (first + n) * shape.BLOCK_N
             k, v = load_slots(
                 prefix, sequence, in_prefix, slot, used_low, used_high, shape.BLOCK_N, True, shape
@@ -193,8 +213,10 @@ def _decode(
     place_of = number_of(part, head, number, M, kv_heads * shape.GROUP)
     width = tl.arange(0, shape.BLOCK_DV)[None, :]
     inside = inner(real, shape.D_V, shape.BLOCK_DV)
-    tl.store(part_out + place_of * shape.D_V + width, mean(state, how), mask=inside)
-    tl.store(part_lse + place_of, log_sum(state.peak, state.total)[:, None], mask=real)
+    tl.store(parts.out + place_of * shape.D_V + width, mean(state, how), mask=inside)
+    lse, rest = log_sum(state.peak, state.total, how.unit)
+    tl.store(parts.lse + place_of, lse[:, None], mask=real)
+    tl.store(parts.rest + place_of, rest[:, None], mask=real)
 
 
 @triton.jit
@@ -205,15 +227,16 @@ def _absorb(state, mine, k, v, in_prefix, first, how, shape: tl.constexpr):
     slot = first + tl.arange(0, shape.BLOCK_N)[None, :]
     scores, _ = score(products, mine.number, slot, in_prefix, mine.head, mine.at, how, True)
     state, weights = soften(state, tl.where(mine.reads, scores, -INFINITY), how)
-    return State(state.peak, state.total, dot(weights.to(v.dtype), v, state.summed, shape))
+    summed = dot(weights.to(v.dtype), v, state.summed, shape)
+    return State(state.peak, state.total, state.excess, summed, state.anchor)
 
 
 @triton.jit(do_not_specialize=["heads", "M", "count", "prefix_splits", "splits"])
 def _combine(
-    part_out,
-    part_lse,
+    parts,
     out,
     lse,
+    rest,
     sinks,
     gate,
     heads,
@@ -225,16 +248,15 @@ def _combine(
 ):
     """One query's softmax from the parts'; with a gate, from each half's apart."""
     program = tl.program_id(0)
-    number, rest = program % M, program // M
-    head, batch = rest % heads, rest // heads
+    number, row_head = program % M, program // M
+    head, batch = row_head % heads, row_head // heads
     sink, nothing = load_sink(sinks, head), load_sink(None, head)
     first = prefix_splits * 0 if gate is None else prefix_splits
-    peak, total, values = _merge(part_out, part_lse, first, splits, sink, program, count, shape)
-    tl.store(lse + program, log_sum(peak, total))
+    its_lse, its_rest, values = _merge(parts, first, splits, sink, program, count, shape)
+    tl.store(lse + program, its_lse)
+    tl.store(rest + program, its_rest)
     if gate is not None:
-        _, _, prefix_values = _merge(
-            part_out, part_lse, 0, prefix_splits, nothing, program, count, shape
-        )
+        _, _, prefix_values = _merge(parts, 0, prefix_splits, nothing, program, count, shape)
         values += tl.load(gate + head).to(tl.float32) * prefix_values
     width = tl.arange(0, shape.BLOCK_DV)
     start = place(out, batch, head, number)
@@ -242,22 +264,27 @@ def _combine(
 
 
 @triton.jit
-def _merge(part_out, part_lse, first, last, sink, program, count, shape: tl.constexpr):
-    """Maximum, sum and mean value of the softmax over some parts and a sink."""
+def _merge(parts, first, last, sink, program, count, shape: tl.constexpr):
+    """`lse`, its rest and the mean value of the softmax over some parts and a sink."""
     peak = sink
     total = tl.where(sink == -INFINITY, 0.0, 1.0)
     summed = tl.full((shape.BLOCK_DV,), 0.0, tl.float32)
+    excess, of_summed = total * 0.0, summed
     width = tl.arange(0, shape.BLOCK_DV)[None, :]
     for start in range(first, last, MERGED):
         part = start + tl.arange(0, MERGED)
         place_of = wide(part) * count + program
-        scores = tl.load(part_lse + place_of, mask=part < last, other=-INFINITY)
+        level = tl.load(parts.lse + place_of, mask=part < last, other=-INFINITY)
+        rest = tl.load(parts.rest + place_of, mask=part < last, other=0.0)
         inside = inner((part < last)[:, None], shape.D_V, shape.BLOCK_DV)
-        means = tl.load(part_out + place_of[:, None] * shape.D_V + width, mask=inside, other=0.0)
-        new = tl.maximum(peak, tl.max(scores))
+        means = tl.load(parts.out + place_of[:, None] * shape.D_V + width, mask=inside, other=0.0)
+        new = tl.maximum(peak, tl.max(level))
         safe = tl.where(new == -INFINITY, 0.0, new)
-        weights, shrink = tl.exp2((scores - safe) * LOG2E), tl.exp2((peak - safe) * LOG2E)
-        total = total * shrink + tl.sum(weights)
-        summed = summed * shrink + tl.sum(weights[:, None] * means, 0)
+        # `lse` alone would not tell one key that is hidden by `finfo.min` from a million of them.
+        weights = tl.exp2(((level - safe) + rest) * LOG2E)
+        shrink = tl.exp2((peak - safe) * LOG2E)
+        total, excess = add(total, excess, shrink, tl.sum(weights))
+        summed, of_summed = add(summed, of_summed, shrink, tl.sum(weights[:, None] * means, 0))
         peak = new
-    return peak, total, summed / tl.where(total == 0, 1.0, total)
+    lse, rest = log_sum(peak, total, None)
+    return lse, rest, summed / tl.where(total == 0, 1.0, total)

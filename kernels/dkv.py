@@ -36,13 +36,14 @@ from prefixattn.kernels.rows import (
 )
 from prefixattn.kernels.scores import keep, score, weigh
 from prefixattn.kernels.tile import (
+    add_tile,
     dot,
     load_slots,
     place,
     source,
     store_tile,
 )
-from prefixattn.kernels.upstream import Upstream, at_queries, drop, load_queries, of_half
+from prefixattn.kernels.upstream import Upstream, at_queries, delta_at, drop, load_queries
 from prefixattn.problem import Problem, room_like
 
 KEYS = ("prefix_key", "key")
@@ -61,6 +62,7 @@ def slots(p: Problem, up: Upstream, wanted: tuple[str, ...]) -> dict[str, Tensor
         bank_rows=1 if own_entry else p.rows,
         row_queries=p.max_seqlen_q or p.M,
         key_tiles=p.B * p.H_kv * tiles_of(p.N, shape.BLOCK_N, p),
+        bits=8 * p.query.element_size(),
     )
     parts = {name: _parts(p, name, plan) for name in names}
     together = shape.BLOCK_D + shape.BLOCK_DV <= config.WIDEST_PAIR
@@ -70,14 +72,17 @@ def slots(p: Problem, up: Upstream, wanted: tuple[str, ...]) -> dict[str, Tensor
 
 
 def _parts(p: Problem, name: str, plan: config.Plan) -> Tensor:
-    """Room for an argument's gradient `[1, …]`, or for float32 parts of it `[splits, …]`."""
+    """Room for an argument's gradient `[1, …]`, or for float32 parts of it `[splits, …]`.
+
+    Zeros where sums are added to it, and where keys of no segment have no program.
+    """
     argument: Tensor = getattr(p, name)
     splits = plan.prefix_splits if name.startswith("prefix") else plan.key_splits
-    if splits == 1:
+    if splits == 1 and plan.stretches is None:
         room = room_like(argument).unsqueeze(0)
     else:
         room = argument.new_empty((splits, *argument.shape), dtype=torch.float32)
-    return room.zero_() if p.packed else room  # keys of no segment have no program
+    return room.zero_() if p.packed or plan.stretches is not None else room
 
 
 def _launch_slots(
@@ -99,9 +104,10 @@ def _launch_slots(
         view(p.prefix_key),
         view(p.prefix_value),
         up._replace(dout=view(up.dout)),
-        *(grads.get(name) for name in (*KEYS, *VALUES)),
+        Grads(*(grads.get(name) for name in Grads._fields)),
         where(p),
         how(p),
+        plan.stretches,
         *lengths(p),
         p.R,
         plan.prefix_splits,
@@ -114,13 +120,32 @@ def _launch_slots(
     )
 
 
+class Grads(NamedTuple):
+    """Where the gradients go, those of them that are wanted."""
+
+    prefix_key: Any
+    key: Any
+    prefix_value: Any
+    value: Any
+
+
 class Slots(NamedTuple):
-    """A program's slots: keys and values, numbers `[BLOCK_N]`, and whether they are a prefix's."""
+    """A program's slots, of a bank entry or of a row's sequence.
+
+    Keys and values; slots' numbers `[BLOCK_N]`; whether they are a prefix's; the first and the last
+    in use; the entry's number; the row and its `Row`; key head.
+    """
 
     k: Any
     v: Any
     number: Any
     in_prefix: Any
+    first: Any
+    last: Any
+    entry: Any
+    row: Any
+    at: Any
+    kv_head: Any
 
 
 class Sums(NamedTuple):
@@ -148,12 +173,10 @@ def _dkv(
     prefix_key,
     prefix_value,
     up,
-    dprefix_key,
-    dkey,
-    dprefix_value,
-    dvalue,
+    grads,
     where,
     how,
+    stretches,
     rows,
     kv_heads,
     M,
@@ -171,7 +194,7 @@ def _dkv(
     # Which tile of which bank entry or row, and which part of the sum over queries.
     prefix_tiles = tl.cdiv(P, shape.BLOCK_N)
     prefix_programs = 0
-    if dprefix_key is not None or dprefix_value is not None:
+    if grads.prefix_key is not None or grads.prefix_value is not None:
         prefix_programs = prefix_tiles * kv_heads * entries * prefix_splits
     program = tl.program_id(0)
     in_prefix = program < prefix_programs
@@ -187,7 +210,7 @@ def _dkv(
         row = tl.where(in_prefix, 0, segment)
         tile = tl.where(in_prefix, tile, segment_tile)
 
-    at = locate(where, row, rows, M, N, P, query_offset)
+    at = locate(where, how, row, rows, M, N, P, query_offset)
     size = tl.where(in_prefix, P, N)
     if where.cu_seqlens_k is not None:
         size = tl.where(in_prefix, P, at.stop)
@@ -202,35 +225,88 @@ def _dkv(
     sequence = source(key, value, at.batch, kv_head, at.first_key)
     k, v = load_slots(prefix, sequence, in_prefix, first, low, high, shape.BLOCK_N, True, shape)
     slot = first + tl.arange(0, shape.BLOCK_N)
-    mine = Slots(k, v, slot, in_prefix)
+    used = (slot >= low) & (slot < high)
     first_used, last_used = tl.maximum(first, low), tl.minimum(first + shape.BLOCK_N, high) - 1
+    mine = Slots(k, v, slot, in_prefix, first_used, last_used, number, row, at, kv_head)
 
-    WANT_KEY: tl.constexpr = dprefix_key is not None or dkey is not None
-    WANT_VALUE: tl.constexpr = dprefix_value is not None or dvalue is not None
+    # A unit is one chunk of one row's queries, of one head of the group.
+    cut = Cut(chunks, chunk, 1, M)
+    if stretches is not None:
+        cut = Cut(chunks, chunk, stretches.key_chunks, stretches.key_chunk)
+    units = shape.GROUP * tl.where(in_prefix, cut.chunks, cut.key_chunks)
+    if where.own_entry is None:
+        units *= tl.where(in_prefix, rows, 1)
+    begins, ends = split * units // splits, (split + 1) * units // splits
+    number = tl.where(in_prefix, number + split * entries, at.batch + split * batches)
+    if stretches is None:
+        sums = _sum(
+            begins, ends, mine, query, up, grads, where, how, cut, rows, kv_heads, M, N, P,
+            query_offset, shape,
+        )  # fmt: skip
+        _write(sums, grads, mine, used, number, first, size, how, False, shape)
+    else:
+        stretch = tl.where(in_prefix, stretches.prefix_units, stretches.key_units)
+        for begin in range(begins, ends, stretch):
+            sums = _sum(
+                begin, tl.minimum(begin + stretch, ends), mine, query, up, grads, where, how, cut,
+                rows, kv_heads, M, N, P, query_offset, shape,
+            )  # fmt: skip
+            _write(sums, grads, mine, used, number, first, size, how, True, shape)
+
+
+class Cut(NamedTuple):
+    """Chunks of a row's queries, and queries of a chunk: for prefix slots, and for the sequence."""
+
+    chunks: Any
+    chunk: Any
+    key_chunks: Any
+    key_chunk: Any
+
+
+@triton.jit
+def _sum(
+    begins,
+    ends,
+    mine,
+    query,
+    up,
+    grads,
+    where,
+    how,
+    cut,
+    rows,
+    kv_heads,
+    M,
+    N,
+    P,
+    query_offset,
+    shape: tl.constexpr,
+):
+    """The sums over some units."""
+    WANT_KEY: tl.constexpr = grads.prefix_key is not None or grads.key is not None
+    WANT_VALUE: tl.constexpr = grads.prefix_value is not None or grads.value is not None
     dk, dv = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     if WANT_KEY:
         dk = tl.full((shape.BLOCK_N, shape.BLOCK_D), 0.0, tl.float32)
     if WANT_VALUE:
         dv = tl.full((shape.BLOCK_N, shape.BLOCK_DV), 0.0, tl.float32)
     sums = Sums(dk, dv)
-
-    # A unit is one chunk of one row's queries, of one head of the group.
-    units = shape.GROUP * tl.where(in_prefix, chunks, 1)
-    if where.own_entry is None:
-        units *= tl.where(in_prefix, rows, 1)
-    for unit in range(split * units // splits, (split + 1) * units // splits):
-        head, rest = kv_head * shape.GROUP + unit % shape.GROUP, unit // shape.GROUP
+    in_prefix = mine.in_prefix
+    chunks = tl.where(in_prefix, cut.chunks, cut.key_chunks)
+    chunk = tl.where(in_prefix, cut.chunk, cut.key_chunk)
+    for unit in range(begins, ends):
+        head, rest = mine.kv_head * shape.GROUP + unit % shape.GROUP, unit // shape.GROUP
         its_row = rest // chunks
         if where.own_entry is not None:
-            its_row = number
-        its_row = tl.where(in_prefix, its_row, row)
-        there = locate(where, its_row, rows, M, N, P, query_offset)
-        begin = tl.where(in_prefix, rest % chunks * chunk, 0)
-        end = tl.where(in_prefix, tl.minimum(begin + chunk, there.queries), there.queries)
-        sees = tl.where(in_prefix, there.entry, number) == number
-        sees = sees & (first_used <= last_used)
+            its_row = mine.entry
+        its_row = tl.where(in_prefix, its_row, mine.row)
+        there = locate(where, how, its_row, rows, M, N, P, query_offset)
+        begin = rest % chunks * chunk
+        end = tl.minimum(begin + chunk, there.queries)
+        sees = tl.where(in_prefix, there.entry, mine.entry) == mine.entry
+        sees = sees & (mine.first <= mine.last)
         end = tl.where(sees, end, begin)
-        seen = query_span(first_used, last_used, begin, end, in_prefix, there, how, shape.BLOCK_M)
+        seen = query_span(mine.first, mine.last, begin, end, in_prefix, there, how, shape.BLOCK_M)
         sums = _gather(
             sums, mine, query, up, seen, head, there, M, kv_heads, how, WANT_KEY, WANT_VALUE,
             False, shape,
@@ -239,23 +315,36 @@ def _dkv(
             sums, mine, query, up, seen, head, there, M, kv_heads, how, WANT_KEY, WANT_VALUE,
             True, shape,
         )  # fmt: skip
+    return sums
 
-    used = ((slot >= low) & (slot < high))[:, None]
-    dk, dv = sums.key, sums.value
-    if WANT_KEY:
+
+@triton.jit
+def _write(
+    sums, grads, mine, used, number, first, size, how, ADD: tl.constexpr, shape: tl.constexpr
+):
+    """Write the sums, or add them to those of other stretches."""
+    dk, dv, used = sums.key, sums.value, used[:, None]
+    first_key, head = mine.at.first_key, mine.kv_head
+    if grads.prefix_key is not None or grads.key is not None:
         dk = tl.where(used, dk * how.scale, 0.0)
-    if WANT_VALUE:
+    if grads.prefix_value is not None or grads.value is not None:
         dv = tl.where(used, dv, 0.0)
-    number = tl.where(in_prefix, number + split * entries, at.batch + split * batches)
-    if in_prefix:
-        _store(dk, dprefix_key, number, kv_head, 0, first, size, shape.D, shape.BLOCK_D, shape)
-        _store(dv, dprefix_value, number, kv_head, 0, first, size, shape.D_V, shape.BLOCK_DV, shape)
-    else:
-        first_key = at.first_key
-        _store(dk, dkey, number, kv_head, first_key, first, size, shape.D, shape.BLOCK_D, shape)
+    if mine.in_prefix:
         _store(
-            dv, dvalue, number, kv_head, first_key, first, size, shape.D_V, shape.BLOCK_DV, shape
+            dk, grads.prefix_key, number, head, 0, first, size, ADD, shape.D, shape.BLOCK_D, shape
         )
+        _store(
+            dv, grads.prefix_value, number, head, 0, first, size, ADD, shape.D_V, shape.BLOCK_DV,
+            shape,
+        )  # fmt: skip
+    else:
+        _store(
+            dk, grads.key, number, head, first_key, first, size, ADD, shape.D, shape.BLOCK_D, shape
+        )
+        _store(
+            dv, grads.value, number, head, first_key, first, size, ADD, shape.D_V, shape.BLOCK_DV,
+            shape,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -267,13 +356,17 @@ def _store(
     first_key,
     first,
     size,
+    ADD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     shape: tl.constexpr,
 ):
     if view is not None:
         start = place(view, number, kv_head, first_key + first)
-        store_tile(tile, start, view.token, first, size, shape.BLOCK_N, WIDTH, BLOCK_WIDTH)
+        if ADD:
+            add_tile(tile, start, view.token, first, size, shape.BLOCK_N, WIDTH, BLOCK_WIDTH)
+        else:
+            store_tile(tile, start, view.token, first, size, shape.BLOCK_N, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
@@ -295,18 +388,17 @@ def _gather(
 ):
     """The sums with the shares of the seen tiles of queries that need a mask, or need none."""
     dk, dv = sums.key, sums.value
-    slot, in_prefix = mine.number[:, None], mine.in_prefix
+    slot, in_prefix, heads = mine.number[:, None], mine.in_prefix, kv_heads * shape.GROUP
     nothing = tl.full((shape.BLOCK_N, shape.BLOCK_M), 0.0, tl.float32)
     for n in range(count(seen, MASKED)):
         first = nth(seen, n, MASKED) * shape.BLOCK_M
         q, d = load_queries(query, up.dout, first, head, at, MASKED, shape)
-        number = first + tl.arange(0, shape.BLOCK_M)
-        here = at_queries(up, number, head, at, M, kv_heads * shape.GROUP)
-        lse, delta = of_half(here, in_prefix)
-        number = number[None, :]
+        query_number = first + tl.arange(0, shape.BLOCK_M)
+        here = at_queries(up, in_prefix, query_number, head, at, how, M, heads)
+        number = query_number[None, :]
         products = dot(mine.k, tl.trans(q), nothing, shape)
         scores, slope = score(products, number, slot, in_prefix, head, at, how, MASKED)
-        weights = weigh(scores, lse[None, :], how) * tl.where(in_prefix, here.gate, 1.0)
+        weights = weigh(scores, here.level[None, :], here.rest[None, :], how) * here.gate
         if WANT_VALUE:
             kept = weights
             if how.dropout_seed is not None:
@@ -314,6 +406,8 @@ def _gather(
             dv = dot(kept.to(d.dtype), d, dv, shape)
         if WANT_KEY:
             grads = dot(mine.v, tl.trans(d), nothing, shape)
+            # Not before it is needed: this loop has no register to spare.
+            delta = delta_at(up, in_prefix, query_number, head, at, M, heads)
             if how.dropout_seed is not None:
                 grads = drop(grads, keep(number, slot, in_prefix, head, at, how), how)
             grads = weights * (grads - delta[None, :]) * slope

@@ -19,6 +19,7 @@ from prefixattn.kernels.arguments import (
     LENGTHS,
     how,
     lengths,
+    long,
     on_device_of,
     options,
     tiles_for,
@@ -42,48 +43,58 @@ from prefixattn.kernels.scores import (
     load_sink,
     log_sum,
     mean,
+    octaves,
     score,
     soften,
+    weigh,
 )
 from prefixattn.kernels.tile import (
     INFINITY,
+    add_tile,
     dot,
+    inner,
     load_slots,
     load_tile,
     number_of,
     place,
     source,
     store_tile,
+    tile_pointers,
 )
 from prefixattn.problem import Problem
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output `[B, H, M, D_v]` in the query's dtype and `lse [B, H, M]`."""
-    out, lse = problem.empty_output()
-    if out.numel() > 0:
-        with on_device_of(out):
-            few = decode.suits(problem)
-            (decode.launch if few else launch)(problem, out, lse)
-    return out, lse
+class Results(NamedTuple):
+    """`out [B, H, M, D_v]`, a view for kernels; `lse [B, H, M]` and what rounding took from it."""
+
+    out: Any
+    lse: Tensor
+    rest: Tensor
 
 
-def halves(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a gated problem: the sequence's output and `lse`, the prefix's output and `lse`."""
-    (out, lse), (prefix_out, prefix_lse) = problem.empty_output(), problem.empty_output()
-    with on_device_of(out):
-        launch(problem, out, lse, prefix_out, prefix_lse)
-    return out, lse, prefix_out, prefix_lse
+def forward(problem: Problem) -> Results:
+    """Output `[B, H, M, D_v]`, `lse [B, H, M]` and its rest."""
+    p = problem
+    results = Results(*p.empty_output())
+    if results.out.numel() > 0:
+        with on_device_of(results.out):
+            if decode.suits(p):
+                decode.launch(p, *results)
+            else:
+                launch(p, results)
+    return results
 
 
-def launch(
-    problem: Problem,
-    out: Tensor,
-    lse: Tensor,
-    prefix_out: Tensor | None = None,
-    prefix_lse: Tensor | None = None,
-) -> None:
-    """Fill `out` and `lse`; with the last two, with a gated problem's halves apart."""
+def halves(problem: Problem) -> tuple[Results, Results]:
+    """What a gated problem's two softmaxes give: that of the sequence, and that of the prefix."""
+    results, of_prefix = (Results(*problem.empty_output()) for _ in range(2))
+    with on_device_of(results.out):
+        launch(problem, results, of_prefix)
+    return results, of_prefix
+
+
+def launch(problem: Problem, results: Results, of_prefix: Results | None = None) -> None:
+    """Fill the results; with the last, with a gated problem's halves apart."""
     p = problem
     shape = tiles_for(p, "forward")
     _forward[(tiles_of(p.M, shape.BLOCK_M, p) * p.B * p.H,)](
@@ -92,14 +103,13 @@ def launch(
         view(p.value),
         view(p.prefix_key),
         view(p.prefix_value),
-        view(out),
-        lse,
-        view(prefix_out),
-        prefix_lse,
+        results._replace(out=view(results.out)),
+        None if of_prefix is None else of_prefix._replace(out=view(of_prefix.out)),
         p.sinks,
         p.prefix_gate,
         where(p),
         how(p),
+        long(p, shape, p.D_v),
         *lengths(p),
         shape,
         **options(shape),
@@ -107,9 +117,10 @@ def launch(
 
 
 class Queries(NamedTuple):
-    """A program's queries `[BLOCK_M, BLOCK_D]`, their numbers `[BLOCK_M]`, their head and row."""
+    """A program's queries `[BLOCK_M, BLOCK_D]`, the first's number, all, their head and row."""
 
     q: Any
+    first: Any
     number: Any
     head: Any
     at: Any
@@ -122,14 +133,13 @@ def _forward(
     value,
     prefix_key,
     prefix_value,
-    out,
-    lse,
-    prefix_out,
-    prefix_lse,
+    results,
+    of_prefix,
     sinks,
     gate,
     where,
     how,
+    long,
     rows,
     kv_heads,
     M,
@@ -139,7 +149,7 @@ def _forward(
     shape: tl.constexpr,
 ):
     row, head, tile = query_tile(tl.program_id(0), where, rows, kv_heads, M, shape)
-    at = locate(where, row, rows, M, N, P, query_offset)
+    at = locate(where, how, row, rows, M, N, P, query_offset)
     first = tile * shape.BLOCK_M
     if first >= at.queries:
         return
@@ -147,7 +157,7 @@ def _forward(
     q = load_tile(
         start, query.token, first, 0, at.queries, shape.BLOCK_M, shape.D, shape.BLOCK_D, True
     )
-    mine = Queries(q, first + tl.arange(0, shape.BLOCK_M), head, at)
+    mine = Queries(q, first, first + tl.arange(0, shape.BLOCK_M), head, at)
     kv_head = head // shape.GROUP
     prefix = source(prefix_key, prefix_value, tl.maximum(at.entry, 0), kv_head, 0)
     sequence = source(key, value, at.batch, kv_head, at.first_key)
@@ -159,23 +169,76 @@ def _forward(
         yes = tl.full((), True, tl.int1)
         state = _absorb(state, mine, prefix, sequence, yes, 0, how, shape.BLOCK_P, True, shape)
     if gate is not None:
-        of_prefix = Spans(spans.prefix, no_span(first))
-        state = walk(_absorb, state, mine, prefix, sequence, of_prefix, how, False, shape)
-        state = walk(_absorb, state, mine, prefix, sequence, of_prefix, how, True, shape)
+        only_prefix = Spans(spans.prefix, no_span(first))
+        state = _walk(state, mine, prefix, sequence, only_prefix, how, long, shape)
         prefix_state = state
         spans = Spans(no_span(first), spans.sequence)
         state = begin(sink, shape)
-    state = walk(_absorb, state, mine, prefix, sequence, spans, how, False, shape)
-    state = walk(_absorb, state, mine, prefix, sequence, spans, how, True, shape)
+    state = _walk(state, mine, prefix, sequence, spans, how, long, shape)
 
     values = mean(state, how)
     heads = kv_heads * shape.GROUP
-    if prefix_out is not None:
-        prefix_values = mean(prefix_state, how)
-        _store(prefix_values, prefix_state, prefix_out, prefix_lse, mine, first, M, heads, shape)
+    if of_prefix is not None:
+        _store(mean(prefix_state, how), prefix_state, of_prefix, mine, how, M, heads, shape)
     elif gate is not None:
         values += tl.load(gate + head).to(tl.float32) * mean(prefix_state, how)
-    _store(values, state, out, lse, mine, first, M, heads, shape)
+    _store(values, state, results, mine, how, M, heads, shape)
+
+
+@triton.jit
+def _walk(state, mine, prefix, sequence, spans, how, long, shape: tl.constexpr):
+    """The state with all tiles of the spans."""
+    state = walk(_absorb, _set_aside, state, mine, prefix, sequence, spans, how, long, False, shape)
+    state = walk(_absorb, _set_aside, state, mine, prefix, sequence, spans, how, long, True, shape)
+    if long is not None:
+        state = _collect(_set_aside(state, mine, long, how, shape), mine, long, how, shape)
+    return state
+
+
+@triton.jit
+def _set_aside(state, mine, long, how, shape: tl.constexpr):
+    """The state without its sum of values, which is added to those of the stretches before.
+
+    In memory a query's sums are relative to its `anchor`, the maximum when they were begun, and to
+    2^32. Where the maximum has outgrown that by 2^64, what was there is nothing beside it, and they
+    are begun anew: so sums are only ever added to, and none is read before the end.
+    """
+    start, number = _sums(mine, long), mine.number[:, None]
+    known = state.anchor > -INFINITY
+    grown = (state.peak - tl.where(known, state.anchor, 0.0)) * octaves(how)
+    fits = known & (grown < 64.0)
+    anchor = tl.where(fits, state.anchor, state.peak)
+    inside = inner((number < mine.at.queries) & ~fits[:, None], shape.D_V, shape.BLOCK_DV)
+    pointers = tile_pointers(start, long.sums.token, shape.BLOCK_M, shape.BLOCK_DV)
+    nothing = tl.zeros_like(state.summed)
+    tl.store(pointers, nothing, mask=inside)
+    tl.debug_barrier()  # before other threads add to it
+    growth = weigh(state.peak, tl.where(anchor == -INFINITY, 0.0, anchor), 32.0, how)
+    add_tile(
+        state.summed * growth[:, None], start, long.sums.token, mine.first, mine.at.queries,
+        shape.BLOCK_M, shape.D_V, shape.BLOCK_DV,
+    )  # fmt: skip
+    return State(state.peak, state.total, state.excess, nothing, anchor)
+
+
+@triton.jit
+def _collect(state, mine, long, how, shape: tl.constexpr):
+    """The state with its sum of values."""
+    tl.debug_barrier()  # after what other threads have added
+    summed = load_tile(
+        _sums(mine, long), long.sums.token, mine.first, 0, mine.at.queries, shape.BLOCK_M,
+        shape.D_V, shape.BLOCK_DV, True,
+    )  # fmt: skip
+    tl.debug_barrier()  # before a second softmax begins its sums here
+    safe = tl.where(state.peak == -INFINITY, 0.0, state.peak)
+    summed *= weigh(state.anchor, safe, -32.0, how)[:, None]
+    return State(state.peak, state.total, state.excess, summed, state.anchor)
+
+
+@triton.jit
+def _sums(mine, long):
+    """Where the sums of a program's queries lie."""
+    return place(long.sums, mine.at.batch, mine.head, mine.at.first_query + mine.first)
 
 
 @triton.jit
@@ -203,16 +266,18 @@ def _absorb(
         kept = keep(number, slot, in_prefix, mine.head, mine.at, how)
         weights = tl.where(kept, weights, 0.0)
     summed = dot(weights.to(v.dtype), v, state.summed, shape)
-    return State(state.peak, state.total, summed)
+    return State(state.peak, state.total, state.excess, summed, state.anchor)
 
 
 @triton.jit
-def _store(values, state, out, lse, mine, first, M, heads, shape: tl.constexpr):
-    """Write a tile's output and `lse`."""
-    at = mine.at
-    start = place(out, at.batch, mine.head, at.first_query + first)
+def _store(values, state, results, mine, how, M, heads, shape: tl.constexpr):
+    """Write a tile's output, `lse` and its rest."""
+    at, out = mine.at, results.out
+    start = place(out, at.batch, mine.head, at.first_query + mine.first)
     store_tile(
-        values, start, out.token, first, at.queries, shape.BLOCK_M, shape.D_V, shape.BLOCK_DV
+        values, start, out.token, mine.first, at.queries, shape.BLOCK_M, shape.D_V, shape.BLOCK_DV
     )
-    places = lse + number_of(at.batch, mine.head, at.first_query + mine.number, M, heads)
-    tl.store(places, log_sum(state.peak, state.total), mask=mine.number < at.queries)
+    places = number_of(at.batch, mine.head, at.first_query + mine.number, M, heads)
+    lse, rest = log_sum(state.peak, state.total, how.unit)
+    tl.store(results.lse + places, lse, mask=mine.number < at.queries)
+    tl.store(results.rest + places, rest, mask=mine.number < at.queries)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.tile import wide
+
 FURTHEST = tl.constexpr(2**30)  # further than any slot or query
 
 
@@ -39,7 +41,9 @@ class Row(NamedTuple):
     """Where a row lies: its number, batch row, first query and key in it, counts, bank entry.
 
     Its sequence slots in use are `start <= j < stop`, its prefix slots `0 <= j < tokens` of `P`;
-    query 0 is at position `offset`.
+    query 0 is at position `offset`, and sees in its window positions from `oldest` on. Both are at
+    most `FURTHEST` from 0, so that sums with slots fit in 32 bits; `beyond` is what the offset was
+    more than that, in float32.
     """
 
     number: Any
@@ -50,6 +54,8 @@ class Row(NamedTuple):
     start: Any
     stop: Any
     offset: Any
+    oldest: Any
+    beyond: Any
     tokens: Any
     entry: Any
     P: Any
@@ -72,7 +78,7 @@ class Spans(NamedTuple):
 
 
 @triton.jit
-def locate(where, row, rows, M, N, P, query_offset):
+def locate(where, how, row, rows, M, N, P, query_offset):
     """The `Row` of a number, scalar or tensor; one past the last row has no keys and no prefix."""
     inside = row < rows
     nothing = row * 0
@@ -106,7 +112,30 @@ def locate(where, row, rows, M, N, P, query_offset):
     if where.prefix_lengths is not None:
         place = where.prefix_lengths + entry
         tokens = tl.load(place, mask=inside & (entry >= 0), other=0).to(tl.int32)
-    return Row(row, batch, first_query, queries, first_key, start, stop, offset, tokens, entry, P)
+    offset, oldest, beyond = reach(offset, how)
+    return Row(
+        row, batch, first_query, queries, first_key, start, stop, offset, oldest, beyond, tokens,
+        entry, P,
+    )  # fmt: skip
+
+
+@triton.jit
+def reach(offset, how):
+    """`offset`, `oldest` and `beyond` of a `Row`, for an offset and a window of any size."""
+    near = narrow(offset)
+    oldest = near
+    if how.window is not None:
+        # Of the differences of 64-bit numbers only one below -2^63 comes out wrong: as positive.
+        difference = wide(offset) - how.window
+        difference = tl.where((offset < 0) & (difference >= 0), -FURTHEST, difference)
+        oldest = narrow(difference) + 1
+    return near, oldest, (wide(offset) - near).to(tl.float32)
+
+
+@triton.jit
+def narrow(number):
+    """A number in 32 bits, at most `FURTHEST` from 0: beyond all slots and queries either way."""
+    return tl.minimum(tl.maximum(number, -FURTHEST), FURTHEST).to(tl.int32)
 
 
 @triton.jit
@@ -163,47 +192,39 @@ def shift(in_prefix, at):
 
 
 @triton.jit
-def key_interval(position, in_prefix, at, how):
-    """The slots `low <= j < high` that a query at `position` sees of the prefix or sequence."""
+def key_interval(query, in_prefix, at, how):
+    """The slots `low <= j < high` that a query sees of the prefix or sequence."""
     low, high = used_slots(in_prefix, at)
     if how.causal is not None:
-        high = tl.where(in_prefix, high, tl.minimum(high, position + 1))
+        high = tl.where(in_prefix, high, tl.minimum(high, at.offset + query + 1))
     if how.window is not None:
-        oldest = position - how.window + 1 - shift(in_prefix, at)
+        oldest = at.oldest + query - shift(in_prefix, at)
         if how.prefix_window is None:
             oldest = tl.where(in_prefix, low, oldest)
         low = tl.maximum(low, oldest)
-    return narrow(low), narrow(high)
+    return low, high
 
 
 @triton.jit
 def query_interval(slot, in_prefix, at, how):
     """The queries `low <= i < high` that see a used slot: `key_interval` the other way round."""
-    nearest = slot + shift(in_prefix, at) - at.offset  # the query at the slot's own position
-    low = nearest * 0
+    position = slot + shift(in_prefix, at)
+    low = position * 0
     high = low + at.queries
     if how.causal is not None:
-        low = tl.where(in_prefix, low, tl.maximum(low, nearest))
+        low = tl.where(in_prefix, low, tl.maximum(low, position - at.offset))
     if how.window is not None:
-        last = nearest + how.window
+        last = position - at.oldest + 1
         if how.prefix_window is None:
             last = tl.where(in_prefix, high, last)
         high = tl.minimum(high, last)
-    return narrow(low), narrow(high)
-
-
-@triton.jit
-def narrow(number):
-    """A slot or query number in 32 bits; positions may have 64, and lie beyond all of them."""
-    if number.dtype == tl.int64:
-        number = tl.minimum(tl.maximum(number, -FURTHEST), FURTHEST).to(tl.int32)
-    return number
+    return low, high
 
 
 @triton.jit
 def visible(query, slot, in_prefix, at, how):
     """Which queries see which slots, but for a mask given as a tensor."""
-    low, high = key_interval(at.offset + query, in_prefix, at, how)
+    low, high = key_interval(query, in_prefix, at, how)
     return (slot >= low) & (slot < high)
 
 
@@ -237,8 +258,8 @@ def no_span(number):
 @triton.jit
 def key_span(first, last, in_prefix, at, how, BLOCK: tl.constexpr):
     """Which tiles of the prefix's or sequence's slots the queries from first to last see."""
-    low_0, high_0 = key_interval(at.offset + first, in_prefix, at, how)
-    low_1, high_1 = key_interval(at.offset + last, in_prefix, at, how)
+    low_0, high_0 = key_interval(first, in_prefix, at, how)
+    low_1, high_1 = key_interval(last, in_prefix, at, how)
     return span(low_0, high_0, low_1, high_1, BLOCK)
 
 
@@ -276,6 +297,37 @@ def nth(tiles, n, MASKED: tl.constexpr):
 @triton.jit
 def walk(
     step: tl.constexpr,
+    set_aside: tl.constexpr,
+    state,
+    mine,
+    prefix,
+    sequence,
+    spans,
+    how,
+    long,
+    MASKED: tl.constexpr,
+    shape: tl.constexpr,
+):
+    """Take `step` at every tile of both spans that needs a mask, or needs none.
+
+    Where rows are `long`, take the sums of the state out to memory after each stretch of tiles.
+    """
+    tiles = count(spans.prefix, MASKED) + count(spans.sequence, MASKED)
+    if long is None:
+        for n in range(tiles):
+            state = _take(step, n, state, mine, prefix, sequence, spans, how, MASKED, shape)
+    else:
+        for begin in range(0, tiles, long.stretch):
+            for n in range(begin, tl.minimum(begin + long.stretch, tiles)):
+                state = _take(step, n, state, mine, prefix, sequence, spans, how, MASKED, shape)
+            state = set_aside(state, mine, long, how, shape)
+    return state
+
+
+@triton.jit
+def _take(
+    step: tl.constexpr,
+    n,
     state,
     mine,
     prefix,
@@ -285,13 +337,9 @@ def walk(
     MASKED: tl.constexpr,
     shape: tl.constexpr,
 ):
-    """Take `step` at every tile of both spans that needs a mask, or needs none."""
+    """The step at the n-th tile of both spans."""
     of_prefix = count(spans.prefix, MASKED)
-    for n in range(of_prefix + count(spans.sequence, MASKED)):
-        in_prefix = n < of_prefix
-        from_sequence = nth(spans.sequence, n - of_prefix, MASKED)
-        first = tl.where(in_prefix, nth(spans.prefix, n, MASKED), from_sequence) * shape.BLOCK_N
-        state = step(
-            state, mine, prefix, sequence, in_prefix, first, how, shape.BLOCK_N, MASKED, shape
-        )
-    return state
+    in_prefix = n < of_prefix
+    from_sequence = nth(spans.sequence, n - of_prefix, MASKED)
+    first = tl.where(in_prefix, nth(spans.prefix, n, MASKED), from_sequence) * shape.BLOCK_N
+    return step(state, mine, prefix, sequence, in_prefix, first, how, shape.BLOCK_N, MASKED, shape)

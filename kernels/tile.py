@@ -23,6 +23,18 @@ class View(NamedTuple):
     token: Any
 
 
+class Long(NamedTuple):
+    """Where rows are long: a float32 tensor, zeros at first, and the tiles of a stretch.
+
+    A sum of millions of numbers in one accumulator loses what is smaller than its last place, as
+    they all are in the end. So an accumulator sums one stretch, and the stretches' sums are added
+    in memory, which takes no register of the loop.
+    """
+
+    sums: Any
+    stretch: Any
+
+
 class Source(NamedTuple):
     """One head's keys and values in a row or bank entry: tensors, offsets, strides of slots.
 
@@ -124,6 +136,26 @@ def store_tile(
     pointers = tile_pointers(start, stride, BLOCK, BLOCK_WIDTH)
     inside = inner(token < high, WIDTH, BLOCK_WIDTH)
     tl.store(pointers, tile.to(start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_tile(
+    tile,
+    start,
+    stride,
+    first,
+    high,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Add to tokens from number `first` on, those below `high`, in float32.
+
+    No other program adds to them. Atomic all the same: the tile in memory then takes no registers.
+    """
+    token = first + tl.arange(0, BLOCK)[:, None]
+    pointers = tile_pointers(start, stride, BLOCK, BLOCK_WIDTH)
+    tl.atomic_add(pointers, tile, mask=inner(token < high, WIDTH, BLOCK_WIDTH), sem="relaxed")
 
 
 @triton.jit

@@ -7,55 +7,74 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from prefixattn.kernels.scores import LOG2E
 from prefixattn.kernels.tile import INFINITY, load_tile, number_of, place
 
 
 class Upstream(NamedTuple):
-    """What the backward starts from: `dout`, and `lse`, `delta` `[B, H, M]` of the softmax.
+    """What the backward starts from: `dout`; `lse`, its rest and `delta` `[B, H, M]`.
 
     With a gate the prefix has its own softmax, whose gradients the gate multiplies.
     """
 
     dout: Any
     lse: Any
+    rest: Any
     delta: Any
     prefix_lse: Any
+    prefix_rest: Any
     prefix_delta: Any
     gate: Any
 
 
 class AtQueries(NamedTuple):
-    """The upstream at some queries; without a gate both halves have the same `lse` and `delta`."""
+    """The upstream at some queries, of one softmax, and the gate of its output.
 
-    lse: Any
+    `level` and `rest` are `lse` and its rest, in the units of scores and of log 2.
+    """
+
+    level: Any
+    rest: Any
     delta: Any
-    prefix_lse: Any
-    prefix_delta: Any
     gate: Any
 
 
 @triton.jit
-def at_queries(up, number, head, at, M, heads):
-    """The upstream's numbers of queries; `lse` is inf where nothing is seen: all weights are 0."""
+def at_queries(up, in_prefix, number, head, at, how, M, heads):
+    """The numbers of queries; the level is inf where nothing is seen: all weights are 0."""
     places, real = number_of(at.batch, head, at.first_query + number, M, heads), number < at.queries
-    lse = tl.load(up.lse + places, mask=real, other=INFINITY)
-    lse = tl.where(lse == -INFINITY, INFINITY, lse)
-    delta = tl.load(up.delta + places, mask=real, other=0.0)
-    prefix_lse, prefix_delta, gate = lse, delta, tl.full((), 1.0, tl.float32)
+    lse, rest, gate = up.lse, up.rest, tl.full((), 1.0, tl.float32)
     if up.gate is not None:
-        prefix_lse = tl.load(up.prefix_lse + places, mask=real, other=INFINITY)
-        prefix_lse = tl.where(prefix_lse == -INFINITY, INFINITY, prefix_lse)
-        prefix_delta = tl.load(up.prefix_delta + places, mask=real, other=0.0)
-        gate = tl.load(up.gate + head).to(tl.float32)
-    return AtQueries(lse, delta, prefix_lse, prefix_delta, gate)
+        lse = tl.where(in_prefix, up.prefix_lse, lse)
+        rest = tl.where(in_prefix, up.prefix_rest, rest)
+        gate = tl.where(in_prefix, tl.load(up.gate + head).to(tl.float32), gate)
+    level = tl.load(lse + places, mask=real, other=INFINITY)
+    level = tl.where(level == -INFINITY, INFINITY, level)
+    if how.unit is not None:
+        level /= how.unit  # a power of two: exact
+    rest = tl.load(rest + places, mask=real, other=0.0) * LOG2E
+    return AtQueries(level, rest, delta_at(up, in_prefix, number, head, at, M, heads), gate)
 
 
 @triton.jit
-def of_half(up, in_prefix):
-    """`lse` and `delta` of the softmax that a tile belongs to."""
-    lse = tl.where(in_prefix, up.prefix_lse, up.lse)
-    delta = tl.where(in_prefix, up.prefix_delta, up.delta)
-    return lse, delta
+def delta_at(up, in_prefix, number, head, at, M, heads):
+    """Delta at some queries, of one softmax."""
+    places, real = number_of(at.batch, head, at.first_query + number, M, heads), number < at.queries
+    delta = up.delta
+    if up.gate is not None:
+        delta = tl.where(in_prefix, up.prefix_delta, delta)
+    return tl.load(delta + places, mask=real, other=0.0)
+
+
+@triton.jit
+def choose(in_prefix, of_prefix, of_sequence):
+    """The numbers of the softmax that a tile belongs to."""
+    return AtQueries(
+        tl.where(in_prefix, of_prefix.level, of_sequence.level),
+        tl.where(in_prefix, of_prefix.rest, of_sequence.rest),
+        tl.where(in_prefix, of_prefix.delta, of_sequence.delta),
+        tl.where(in_prefix, of_prefix.gate, of_sequence.gate),
+    )
 
 
 @triton.jit

@@ -58,6 +58,7 @@ def dkv_plan(rows: int, queries: int, tokens: int, keys: int) -> config.Plan:
         bank_rows=rows,
         row_queries=queries,
         key_tiles=rows * 8 * -(-keys // shape.BLOCK_N),
+        bits=16,
     )
 
 
@@ -94,7 +95,7 @@ def decode_plan(rows: int, tokens: int, keys: int, packed: bool) -> config.Decod
     direction = "decode" if packed and rows * 4 > 16 else "decode16"
     shape = config.tiles("sm90", direction, 128, 128, 4, tokens, 16)
     packed_rows = rows if packed else 1
-    return config.decode_plan("sm90", shape, rows * 8, 4, packed_rows, tokens, keys)
+    return config.decode_plan("sm90", shape, rows * 8, 4, packed_rows, tokens, keys, 16)
 
 
 def test_a_shared_prefix_is_read_once_for_all_rows() -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from prefixattn.kernels import config
-from prefixattn.kernels.rows import Row, key_span, query_span, used_slots, visible
+from prefixattn.kernels.rows import Row, key_span, query_span, reach, used_slots, visible
 from prefixattn.kernels.scores import How
 
 pytestmark = [
@@ -31,7 +31,8 @@ def _ask(numbers, spans, seen, how, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     start, stop, offset = tl.load(place), tl.load(place + 1), tl.load(place + 2)
     tokens, queries, first = tl.load(place + 3), tl.load(place + 4), tl.load(place + 5)
     in_prefix = tl.load(place + 6) == 1
-    at = Row(0, 0, 0, queries, 0, start, stop, offset, tokens, 0, tokens)
+    offset, oldest, beyond = reach(offset, how)
+    at = Row(0, 0, 0, queries, 0, start, stop, offset, oldest, beyond, tokens, 0, tokens)
     last = tl.minimum(first + BLOCK, queries) - 1
     keys = key_span(first, last, in_prefix, at, how, BLOCK)
     low, high = used_slots(in_prefix, at)
