@@ -98,7 +98,8 @@ class EncoderDecoderPrefix(nn.Module):
         """The keys and values that ``model`` itself computes for texts.
 
         Args:
-            model: an encoder-decoder model that ``attach`` supports, not attached to.
+            model: an encoder-decoder model that ``attach`` supports. A prefix that it has does not
+                come into this one.
             source: ``[P]`` or ``[1, P]`` tokens for the encoder, and for the decoder's view of it.
                 None: these two have no prefix.
             target: ``[P]`` or ``[1, P]`` tokens for the decoder's own attention. None: it has none.

@@ -128,8 +128,10 @@ def _sites(
     layers: Sequence[int] | None,
 ) -> tuple[list["Site"], list[int]]:
     """The layers with keys of their own in one part of the model, and which are chosen."""
+    from prefixattn.integrations.handle import without_prefix
     from prefixattn.integrations.survey import check_part, own_sites, survey
 
+    model = without_prefix(model)
     found = survey(model, input_ids, part or "decoder")
     sites = own_sites(found, part)
     if not sites:

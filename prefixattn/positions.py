@@ -33,7 +33,7 @@ def move_prefix(prefix: T, model: "PreTrainedModel", by: int, *, part: str | Non
 
     Args:
         prefix: of any kind that holds its keys. Frozen tokens, gates and what trains stay.
-        model: the transformers model it is for, not attached to.
+        model: the transformers model it is for; a prefix that it has attached does not matter.
         by: places, of either sign.
         part: of an encoder-decoder, what the prefix is for, as for `Prefix.from_text`.
 
@@ -42,7 +42,7 @@ def move_prefix(prefix: T, model: "PreTrainedModel", by: int, *, part: str | Non
         ValueError: the prefix does not fit the model.
         NotImplementedError: the keys cannot be moved; the message names the layer and says why.
     """
-    from prefixattn.integrations.handle import check_shapes
+    from prefixattn.integrations.handle import check_shapes, without_prefix
     from prefixattn.integrations.rotary import find_rotations
     from prefixattn.integrations.survey import check_model
 
@@ -53,6 +53,7 @@ def move_prefix(prefix: T, model: "PreTrainedModel", by: int, *, part: str | Non
     places = integer(by)
     if places is None:
         raise TypeError(f"by must be an integer, got {by!r}")
+    model = without_prefix(model)
     text = random_text(check_model(model), PROBE_TOKENS, torch.Generator().manual_seed(0))
     layers = find_rotations(model, text[None], max(abs(places), prefix.num_tokens), part)
     check_shapes(prefix, [site for site, _ in layers], layers[0][0].part)

@@ -235,7 +235,8 @@ class Prefix(PrefixSource):
         18.6 % from random).
 
         Args:
-            model: a transformers model that ``attach`` supports, not attached to.
+            model: a transformers model that ``attach`` supports. A prefix that it has does not
+                come into this one.
             input_ids: ``[P]`` or ``[1, P]`` integer token ids.
             num_tokens: take the first ones of the text only.
             part: of an encoder-decoder, what the prefix is for: "encoder", "decoder" or "cross".

@@ -1,5 +1,6 @@
 """Attaching a prefix to a model, and taking it off again."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -70,6 +71,16 @@ def detach_prefix(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no prefix attached")
     for undo in found:
         undo.close()
+
+
+def without_prefix(model: Any) -> Any:
+    """``model``, or a copy of it on the same weights that has no prefix, where it has one."""
+    if not isinstance(model, nn.Module) or not any(hasattr(m, UNDO) for m in model.modules()):
+        return model
+    weights = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, weights)
+    detach_prefix(copied)
+    return copied
 
 
 class Submodule:

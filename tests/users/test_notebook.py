@@ -56,6 +56,19 @@ def test_the_attach_cell_twice(notebook: Notebook) -> None:
     assert notebook.says(notebook.behind)
 
 
+def test_a_prefix_is_made_of_a_model_that_has_one(notebook: Notebook) -> None:
+    """It is that of the model without one, and the attached model stays as it was."""
+    prefix = notebook.prefix()
+    prefixattn.attach(notebook.model, prefix)
+    again = notebook.prefix()
+    for one, other in zip(
+        [*again.keys, *again.values], [*prefix.keys, *prefix.values], strict=True
+    ):
+        assert torch.equal(one, other)
+    assert Prefix.zeros(notebook.model, 3).num_tokens == 3
+    assert notebook.says(notebook.behind)
+
+
 def test_detaching_without_the_handle(notebook: Notebook) -> None:
     prefixattn.attach(notebook.model, notebook.prefix())
     twin = copy.deepcopy(notebook.model)
