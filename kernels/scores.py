@@ -98,7 +98,9 @@ def score(products, query, slot, in_prefix, head, at, how, MASKED: tl.constexpr)
         else:
             scores += found
     if MASKED:
-        scores = tl.where(visible(query, slot, in_prefix, at, how), scores, -INFINITY)
+        # Numbers past the last query too: their product with a key of NaN would reach its gradient.
+        seen = real & visible(query, slot, in_prefix, at, how)
+        scores = tl.where(seen, scores, -INFINITY)
     return scores, slope
 
 
