@@ -143,7 +143,7 @@ def test_no_segment_at_all() -> None:
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_rows_times_prefix() -> None:
-    """Inputs, output and lse: the prefix is held once, however many rows see it."""
+    """Inputs, output, lse and its rest: the prefix is held once, however many rows see it."""
     inputs = make_inputs(Case("kept", B=6, M=3, N=3, P=50), torch.float32)
     inputs["prefix_key"].requires_grad_()
     kept: list[int] = []
@@ -155,5 +155,5 @@ def test_what_is_kept_for_backward_does_not_grow_with_rows_times_prefix() -> Non
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out, lse = prefix_attention(**inputs, return_lse=True, implementation="triton")
     names = ("query", "key", "value", "prefix_key", "prefix_value")
-    tensors = [*(inputs[name] for name in names), out, lse]
+    tensors = [*(inputs[name] for name in names), out, lse, torch.empty_like(lse)]
     assert sum(kept) == sum(x.untyped_storage().nbytes() for x in tensors)
