@@ -57,6 +57,12 @@ thread_local Kept kept[2];  // a call's, and the thread's own for its blocks
 
 }  // namespace
 
+void Arena::plan_bytes(void** array, int64_t bytes) {
+  if (used_ == kMostArrays) std::abort();  // a mistake of this library, which every test would meet
+  slots_[used_++] = {array, size_};
+  size_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
 bool Arena::reserve() {
   if (size_ == 0) size_ = kAlignment;
   for (Kept& memory : kept)

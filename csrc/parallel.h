@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 
 namespace prefixattn {
 
@@ -35,10 +34,8 @@ class Arena {
 
   // Announces an array; after the last one, `reserve`.
   template <class T>
-  void plan(T** array, int64_t count) {
-    if (used_ == kMostArrays) std::abort();  // a mistake of this library, which a test would meet
-    slots_[used_++] = {reinterpret_cast<void**>(array), size_};
-    size_ += (count * int64_t(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+  __attribute__((always_inline)) void plan(T** array, int64_t count) {
+    plan_bytes(reinterpret_cast<void**>(array), count * int64_t(sizeof(T)));
   }
 
   // Gives every announced array its place, aligned for vectors and not initialised. A small arena
@@ -46,6 +43,8 @@ class Arena {
   bool reserve();
 
  private:
+  void plan_bytes(void** array, int64_t bytes);
+
   struct Slot {
     void** array;
     int64_t offset;
