@@ -36,6 +36,7 @@ from prefixattn.kernels.rows import (
 )
 from prefixattn.kernels.scores import keep, score, weigh
 from prefixattn.kernels.tile import (
+    INFINITY,
     add_tile,
     dot,
     load_slots,
@@ -398,6 +399,8 @@ def _gather(
         number = query_number[None, :]
         products = dot(mine.k, tl.trans(q), nothing, shape)
         scores, slope = score(products, number, slot, in_prefix, head, at, how, MASKED)
+        if MASKED:  # past the last query a key of NaN would have a product, and a gradient, of NaN
+            scores = tl.where(number < at.queries, scores, -INFINITY)
         weights = weigh(scores, here.level[None, :], here.rest[None, :], how) * here.gate
         if WANT_VALUE:
             kept = weights
