@@ -208,7 +208,8 @@ def test_parts_are_kept_together(tmp_path: Path) -> None:
 
 def test_a_part_may_be_a_bank(tmp_path: Path) -> None:
     members = [Prefix(*tensors()), Prefix(*tensors())]
-    EncoderDecoderPrefix(decoder=PrefixBank(members), cross=members[0]).save_pretrained(tmp_path)
+    cross = Prefix(*tensors())
+    EncoderDecoderPrefix(decoder=PrefixBank(members), cross=cross).save_pretrained(tmp_path)
     bank = EncoderDecoderPrefix.from_pretrained(tmp_path).parts["decoder"]
     assert isinstance(bank, PrefixBank)
     with torch.no_grad(), bank.use([1]):
