@@ -164,7 +164,7 @@ void multiply(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_s
 // dimension would carry the rounding of a large number, as that of an outlier channel, through all
 // numbers behind it. Storage of 16 bits rounds by more than that.
 template <class T>
-constexpr int64_t kChain = sizeof(T) >= 4 ? 16 : 1 << 20;
+constexpr int64_t kChain = sizeof(T) >= 4 ? 32 : 1 << 20;
 
 // C [rows][vectors * lanes] = A B, where every number of C is a dot product of numbers stored as T.
 //
