@@ -208,12 +208,14 @@ def _trocr(old: type) -> dict[str, Any]:
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
+        cache: Any = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
-        crosses, cache, known = key_value_states is not None, past_key_values, None
+        crosses, known = key_value_states is not None, None
+        cache = past_key_values if cache is None else cache
         if isinstance(cache, EncoderDecoderCache):
             known = cache.is_updated if crosses else None  # which layers have read the encoder
             cache = cache.cross_attention_cache if crosses else cache.self_attention_cache
