@@ -98,9 +98,7 @@ def score(products, query, slot, in_prefix, head, at, how, MASKED: tl.constexpr)
         else:
             scores += found
     if MASKED:
-        # Numbers past the last query too: their product with a key of NaN would reach its gradient.
-        seen = real & visible(query, slot, in_prefix, at, how)
-        scores = tl.where(seen, scores, -INFINITY)
+        scores = tl.where(visible(query, slot, in_prefix, at, how), scores, -INFINITY)
     return scores, slope
 
 
