@@ -193,7 +193,7 @@ WRONG = {
             )
         ),
         ValueError,
-        r"rows must be in \[1, 1\], got 2",
+        r"rows must be an integer in \[1, 1\], got 2",
     ),
     "no rows": (
         lambda: teach(lambda **_: None, conversations([(ids(1), ids(2))], PAD), 1, rows=0),
