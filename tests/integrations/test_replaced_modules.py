@@ -439,7 +439,6 @@ def test_copies_look_at_their_own_modules(attach: Any) -> None:
 
 
 def test_compiled_and_followed(attach: Any) -> None:
-    torch._dynamo.reset()
     model = build("bart")
     attach(model, prefix_of(model))
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
@@ -453,7 +452,6 @@ def test_compiled_and_followed(attach: Any) -> None:
 @pytest.mark.parametrize("change", [_replace_attention, _swap_layers])
 def test_compiled_and_refused(change: Callable[[Any], None], attach: Any) -> None:
     """A graph is made anew for a model that was changed, and the change is looked at then."""
-    torch._dynamo.reset()
     model = build("llama")
     attach(model, prefix_of(model))
     compiled: Any = torch.compile(model, backend="eager")
