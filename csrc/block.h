@@ -25,13 +25,13 @@ inline Source<T> source_of(const Arguments& a, const Row& row, Half half, int64_
 
 // Tiles of keys that are summed before they meet the sum of all, which is kept in double. One float
 // for all keys of a long row would err as their number, and stand still from 2^24 keys on.
-constexpr int64_t kTilesInRun = 16;
+constexpr int64_t kTilesInRun = 1536 / kTile;
 
 inline bool has_long_rows(const Arguments& a) {
   return a.keys > kTilesInRun * kTile || a.prefix_tokens > kTilesInRun * kTile;
 }
 
-// Queries of one key head, one in each lane. Lanes past `count` are blank up to a whole vector.
+// Queries of one key head, one in each lane. Lanes past `count` are blank up to `whole_lanes`.
 template <class T>
 struct Block {
   using Sum = SumOf<T>;
@@ -43,6 +43,7 @@ struct Block {
   int64_t count = 0;
 
   int64_t vectors() const { return (count + kLanes<Sum> - 1) / kLanes<Sum>; }
+  int64_t whole_lanes() const { return round_up(count, kWholeLanes<Sum>); }
 
   // Where each lane's row of a tensor that is laid out as the query is lies.
   void rows(const Tensor& tensor, T** places) const {
@@ -70,7 +71,7 @@ struct Block {
     for (int64_t lane = 0; lane < count; ++lane)
       whole &= seen[lane].first <= first && seen[lane].last >= first + keys;
     if (whole) return nullptr;
-    for (int64_t lane = 0; lane < vectors() * kLanes<Sum>; ++lane) {
+    for (int64_t lane = 0; lane < whole_lanes(); ++lane) {
       Interval own = lane < count ? overlap(seen[lane], {first, first + keys}) : Interval{0, 0};
       if (own.first >= own.last) own = {first, first};  // what sees nothing may lie anywhere
       limits.first[lane] = Integer<Sum>(own.first - first);

@@ -13,9 +13,9 @@ class ByLanes {
 
   void plan(Arena& arena, const Arguments& a) {
     head_dim_ = a.head_dim, value_dim_ = a.value_dim;
-    arena.plan(&query_, units<Unit>(head_dim_) * kBlock);
-    arena.plan(&key_, kTile * units<Unit>(head_dim_));
-    arena.plan(&value_, units<Unit>(kTile) * value_stride());
+    arena.plan(&query_, depth_of<Unit>(head_dim_) * kBlock);
+    arena.plan(&key_, kTile * depth_of<Unit>(head_dim_));
+    arena.plan(&value_, room_over_rows<Unit>(value_dim_));
     arena.plan(&weights_, units<Unit>(kTile) * kBlock);
     arena.plan(&sums_, value_dim_ * kBlock);
   }
@@ -35,12 +35,10 @@ class ByLanes {
   // sums = sums * factors + weights * values, for a tile of weights [key][kBlock].
   void add(const Block<T>& block, const T* values, int64_t stride, int64_t count, const Sum* tile,
            const Sum* factors) {
-    pack_columns(
-        value_, value_stride(), [&](int64_t key) { return values + key * stride; }, count,
-        value_dim_);
-    multiply(sums_, kBlock, Left<Unit>{value_, 1, value_stride()},
+    const auto row = [&](int64_t key) { return values + key * stride; };
+    multiply(sums_, kBlock, over_rows(value_, row, count, value_dim_),
              over_keys(weights_, tile, count, block.vectors()), kBlock, value_dim_, block.vectors(),
-             units<Unit>(count), fresh_ ? Start::zero : Start::scaled, factors);
+             depth_of<Unit>(count), fresh_ ? Start::zero : Start::scaled, factors);
     fresh_ = false;
   }
 
@@ -68,8 +66,6 @@ class ByLanes {
   }
 
  private:
-  int64_t value_stride() const { return round_up(value_dim_, kLanes<Unit>); }
-
   int64_t head_dim_, value_dim_;
   bool fresh_;
   Unit *query_, *key_, *value_, *weights_;

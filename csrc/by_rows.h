@@ -7,10 +7,9 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// From this many queries on a block's lanes are the faster way (measured on Zen 4, D = 64 and 128):
-// sooner where a unit holds two numbers, which here have to be widened first.
+// Blocks of fewer queries go this way.
 template <class T>
-constexpr int kFewQueries = kPerUnit<UnitOf<T>> == 1 ? 12 : 7;
+constexpr int kFewQueries = kPerUnit<UnitOf<T>> == 1 ? kFewNumbers : kFewPairs;
 
 template <class T>
 class ByRows {
@@ -20,7 +19,7 @@ class ByRows {
 
   void plan(Arena& arena, const Arguments& a) {
     head_dim_ = a.head_dim, value_dim_ = a.value_dim;
-    depth_ = units<Unit>(head_dim_), value_width_ = round_up(value_dim_, kLanes<Sum>);
+    depth_ = depth_of<Unit>(head_dim_), value_width_ = round_up(value_dim_, kLanes<Sum>);
     arena.plan(&query_, kFewQueries<T> * depth_);
     arena.plan(&keys_, depth_ * kTile);
     arena.plan(&scores_, kFewQueries<T> * kTile);

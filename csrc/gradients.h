@@ -23,13 +23,14 @@ class Backward {
   using Sum = SumOf<T>;
 
   Backward(const Arguments& a, Arena& arena) : arguments_(a), folds_(has_long_rows(a)), block_(a) {
-    arena.plan(&query_, units<Unit>(a.head_dim) * kBlock);
-    arena.plan(&dout_, units<Unit>(a.value_dim) * kBlock);
-    arena.plan(&out_, units<Unit>(a.value_dim) * kBlock);
+    arena.plan(&query_, depth_of<Unit>(a.head_dim) * kBlock);
+    arena.plan(&dout_, depth_of<Unit>(a.value_dim) * kBlock);
+    arena.plan(&out_, depth_of<Unit>(a.value_dim) * kBlock);
     arena.plan(&query_columns_, units<Unit>(kBlock) * key_width());
     arena.plan(&dout_columns_, units<Unit>(kBlock) * value_width());
-    arena.plan(&packed_, kTile * units<Unit>(a.head_dim > a.value_dim ? a.head_dim : a.value_dim));
-    arena.plan(&key_columns_, units<Unit>(kTile) * key_width());
+    arena.plan(&packed_,
+               kTile * depth_of<Unit>(a.head_dim > a.value_dim ? a.head_dim : a.value_dim));
+    arena.plan(&key_columns_, room_over_rows<Unit>(a.head_dim));
     arena.plan(&operand_, units<Unit>(kTile * kBlock));
     arena.plan(&weights_, kTile * kBlock);
     arena.plan(&gradients_, kTile * kBlock);
@@ -137,7 +138,8 @@ class Backward {
     pack_lanes(to, kBlock, [&](int64_t lane) { return rows[lane]; }, block_.count, width);
   }
 
-  int64_t lanes() const { return block_.vectors() * kLanes<Sum>; }
+  int64_t lanes() const { return block_.whole_lanes(); }
+  int64_t vectors() const { return lanes() / kLanes<Sum>; }
   bool capped() const { return arguments_.softcap > 0; }
 
   // sum(dout * out) - dlse at each query, in the order in which `dot_products` sums dout . value:
@@ -145,7 +147,7 @@ class Backward {
   void sum_delta(const T* const* outs) {
     const Sum* dlse = static_cast<const Sum*>(arguments_.dlse);
     pack(out_, outs, arguments_.value_dim);
-    const int64_t depth = units<Unit>(arguments_.value_dim);
+    const int64_t depth = depth_of<Unit>(arguments_.value_dim);
     for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
       Vector<Sum> delta{};
       for (int64_t first = 0; first < depth; first += kChain<T>) {
@@ -166,9 +168,9 @@ class Backward {
     const Arguments& a = arguments_;
     const Variant variant{a, half};
     products(weights_, source.key + first * source.key_stride, source.key_stride, keys, a.head_dim,
-             query_, block_.vectors(), packed_);
+             query_, vectors(), packed_);
     products(gradients_, source.value + first * source.value_stride, source.value_stride, keys,
-             a.value_dim, dout_, block_.vectors(), packed_);
+             a.value_dim, dout_, vectors(), packed_);
     Sum scale = Sum(a.scale);
     if (!variant.plain()) {
       variant.score(weights_, capped() ? slopes_ : nullptr, block_.lanes, block_.count, first,
@@ -195,7 +197,7 @@ class Backward {
   // Through the soft cap, to the gradients of scaled products.
   void bend(int64_t keys) {
     for (int64_t key = 0; key < keys; ++key)
-      for (int64_t lane = 0; lane < lanes(); lane += kLanes<Sum>) {
+      for (int64_t lane = 0; lane < block_.count; lane += kLanes<Sum>) {
         const int64_t at = key * kBlock + lane;
         store(gradients_ + at, load(gradients_ + at) * load(slopes_ + at));
       }
@@ -211,12 +213,12 @@ class Backward {
   void add_to_queries(const Source<T>& source, int64_t first, int64_t keys) {
     const T* from = source.key + first * source.key_stride;
     const auto row = [&](int64_t key) { return from + key * source.key_stride; };
-    pack_columns(key_columns_, key_width(), row, keys, arguments_.head_dim);
-    multiply(dquery_, kBlock, Left<Unit>{key_columns_, 1, key_width()},
-             over_keys(operand_, gradients_, keys, block_.vectors()), kBlock, arguments_.head_dim,
-             block_.vectors(), units<Unit>(keys), Start::sum);
+    multiply(dquery_, kBlock, over_rows(key_columns_, row, keys, arguments_.head_dim),
+             over_keys(operand_, gradients_, keys, vectors()), kBlock, arguments_.head_dim,
+             vectors(), depth_of<Unit>(keys), Start::sum);
   }
 
+  [[maybe_unused]] Tiles tiles_of_thread_;
   const Arguments& arguments_;
   const bool folds_;
   Block<T> block_;

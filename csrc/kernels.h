@@ -24,5 +24,11 @@ extern const Kernels kKernels;
 namespace avx512bf16 {
 extern const Kernels kKernels;
 }
+namespace amx {
+extern const Kernels kKernels;
+}
+namespace amx_emulated {
+extern const Kernels kKernels;
+}
 
 }  // namespace prefixattn

@@ -28,10 +28,10 @@ inline Vector<Bits<Unit>> load_units(const T* row, int64_t first, int64_t width)
   }
 }
 
-// to [rows][units(width)]: the units run along a row.
+// to [rows][depth_of(width)]: the units run along a row.
 template <class Unit, class T>
 void pack_rows(Unit* to, const T* from, int64_t stride, int64_t rows, int64_t width) {
-  const int64_t depth = units<Unit>(width);
+  const int64_t depth = depth_of<Unit>(width);
   for (int64_t row = 0; row < rows; ++row, from += stride, to += depth) {
     int64_t unit = 0;
     for (; unit + kLanes<Unit> <= depth; unit += kLanes<Unit>)
@@ -64,13 +64,14 @@ void pack_columns(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t rows
   }
 }
 
-// to [units(width)][to_stride]: each of the rows `row_at(0)`, ... becomes a lane; lanes past
-// `count` are zero up to a vector.
+// to [depth_of(width)][to_stride]: each of the rows `row_at(0)`, ... becomes a lane; lanes past
+// `count` are zero up to `kWholeLanes`.
 template <class Unit, class RowAt>
 void pack_lanes(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t count, int64_t width) {
   constexpr int lanes = kLanes<Unit>;
-  const int64_t depth = units<Unit>(width);
-  for (int64_t lane = 0; lane < count; lane += lanes)
+  constexpr int64_t whole = kWholeLanes<std::conditional_t<sizeof(Unit) == 8, double, float>>;
+  const int64_t depth = depth_of<Unit>(width);
+  for (int64_t lane = 0; lane < round_up(count, whole); lane += lanes)
     for (int64_t unit = 0; unit < depth; unit += lanes) {
       Vector<Bits<Unit>> square[lanes];
       for (int i = 0; i < lanes; ++i)
@@ -107,6 +108,57 @@ void unpack_lanes(T* const* rows, const Sum* from, const Sum* factors, int64_t c
     }
 }
 
+#if defined(PREFIXATTN_TILES)
+// to [width][to_stride]: the rows `row_at(0)`, ... become columns, two of them in a unit; zeros
+// fill it up to whole steps. A square of 32 rows and 32 columns is made of two squares of pairs:
+// row 2i and row 2i + 1 give the pairs of even columns to one, and those of odd columns to the
+// other.
+template <class RowAt>
+void pack_transposed(Pair* to, int64_t to_stride, const RowAt& row_at, int64_t rows,
+                     int64_t width) {
+  constexpr int lanes = kLanes<Pair>;
+  for (int64_t row = 0; row < rows; row += 2 * lanes)
+    for (int64_t column = 0; column < width; column += 2 * lanes) {
+      Vector<uint32_t> even[lanes], odd[lanes];
+      const auto numbers = [&](int64_t number) {
+        return number < rows ? load_units<Pair>(row_at(number), column, width) : Vector<uint32_t>{};
+      };
+      for (int i = 0; i < lanes; ++i) {
+        const Vector<uint32_t> low = numbers(row + 2 * i), high = numbers(row + 2 * i + 1);
+        even[i] = (low & 0xffffu) | high << 16;
+        odd[i] = low >> 16 | (high & 0xffff0000u);
+      }
+      transpose<uint32_t>(even);
+      transpose<uint32_t>(odd);
+      uint32_t* at = reinterpret_cast<uint32_t*>(to + column * to_stride + row / 2);
+      for (int i = 0; i < lanes; ++i, at += 2 * to_stride) {
+        if (column + 2 * i < width) store(at, even[i]);
+        if (column + 2 * i + 1 < width) store(at + to_stride, odd[i]);
+      }
+    }
+}
+#endif
+
+// Room for `over_rows`, of up to kTile rows.
+template <class Unit>
+constexpr int64_t room_over_rows(int64_t width) {
+  return units<Unit>(kTile) * round_up(width, kLanes<Unit>);
+}
+
+// The rows `row_at(0)`, ... of a tile as the left side of a product that sums over them.
+template <class Unit, class RowAt>
+Left<Unit> over_rows(Unit* to, const RowAt& row_at, int64_t rows, int64_t width) {
+#if defined(PREFIXATTN_TILES)
+  if constexpr (std::is_same_v<Unit, Pair>) {
+    pack_transposed(to, units<Unit>(kTile), row_at, rows, width);
+    return {to, units<Unit>(kTile), 1};
+  }
+#endif
+  const int64_t stride = round_up(width, kLanes<Unit>);
+  pack_columns(to, stride, row_at, rows, width);
+  return {to, 1, stride};
+}
+
 // A tile of weights [keys][kBlock] as the right side of a product that sums over keys.
 template <class Unit, class Sum>
 const Unit* over_keys(Unit* to, const Sum* tile, [[maybe_unused]] int64_t keys,
@@ -118,10 +170,10 @@ const Unit* over_keys(Unit* to, const Sum* tile, [[maybe_unused]] int64_t keys,
     uint16_t places[32];
     for (int i = 0; i < 32; ++i) places[i] = uint16_t(i / 2 + i % 2 * 16);
     const __m512i in_turn = _mm512_loadu_si512(places);
-    for (int64_t key = 0; key < keys; key += 2)
+    for (int64_t key = 0; key < depth_of<Unit>(keys) * 2; key += 2)
       for (int64_t lane = 0; lane < vectors * kLanes<Sum>; lane += kLanes<Sum>) {
         const Sum* at = tile + key * kBlock + lane;
-        const __m512 low = (__m512)load(at);
+        const __m512 low = key < keys ? (__m512)load(at) : _mm512_setzero_ps();
         const __m512 high = key + 1 < keys ? (__m512)load(at + kBlock) : _mm512_setzero_ps();
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         _mm512_storeu_si512(to + key / 2 * kBlock + lane, _mm512_permutexvar_epi16(in_turn, both));
@@ -146,19 +198,27 @@ Left<Unit> over_queries(Unit* to, const Sum* tile, [[maybe_unused]] int64_t keys
   }
 }
 
-// Products of a tile's rows and of what a block's lanes hold, [row][lane]. The rows are multiplied
-// where they lie if they lie there in units, else from `packed`.
+// Rows as the left side of a product that sums along them: where they lie, if they lie there in
+// whole steps of units, else from `packed`.
+template <class T>
+Left<UnitOf<T>> along_rows(const T* rows, int64_t stride, int64_t count, int64_t width,
+                           [[maybe_unused]] UnitOf<T>* packed) {
+  using Unit = UnitOf<T>;
+  if constexpr (std::is_same_v<T, Unit>) return {rows, stride, 1};
+  constexpr int64_t step = kStep<Unit> * kPerUnit<Unit>;
+  if (kStep<Unit> > 1 && width % step == 0 && stride % kPerUnit<Unit> == 0 &&
+      reinterpret_cast<uintptr_t>(rows) % sizeof(Unit) == 0)
+    return {reinterpret_cast<const Unit*>(rows), stride / kPerUnit<Unit>, 1};
+  pack_rows(packed, rows, stride, count, width);
+  return {packed, depth_of<Unit>(width), 1};
+}
+
+// Products of a tile's rows and of what a block's lanes hold, [row][lane].
 template <class T>
 void products(SumOf<T>* tile, const T* rows, int64_t stride, int64_t count, int64_t width,
-              const UnitOf<T>* lanes, int64_t vectors, [[maybe_unused]] UnitOf<T>* packed) {
-  using Unit = UnitOf<T>;
-  Left<Unit> left{packed, units<Unit>(width), 1};
-  if constexpr (std::is_same_v<T, Unit>) {
-    left = {rows, stride, 1};
-  } else {
-    pack_rows(packed, rows, stride, count, width);
-  }
-  dot_products<T>(tile, kBlock, left, lanes, kBlock, count, vectors, units<Unit>(width));
+              const UnitOf<T>* lanes, int64_t vectors, UnitOf<T>* packed) {
+  dot_products<T>(tile, kBlock, along_rows(rows, stride, count, width, packed), lanes, kBlock,
+                  count, vectors, depth_of<UnitOf<T>>(width));
 }
 
 }  // namespace prefixattn::PREFIXATTN_ISA

@@ -155,6 +155,7 @@ class Forward {
           : by_lanes_.add(block_, value, source.value_stride, keys, tile_, factors);
   }
 
+  [[maybe_unused]] Tiles tiles_of_thread_;
   const Arguments& arguments_;
   const bool folds_;
   Arena arena_;

@@ -5,7 +5,7 @@
 // as [key][query]; the output as [head dim][query]) none of them needs a sum across lanes.
 #pragma once
 
-#include "simd.h"
+#include "tuning.h"
 
 namespace prefixattn::PREFIXATTN_ISA {
 
@@ -46,6 +46,26 @@ constexpr int64_t units(int64_t numbers) {
   return (numbers + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
 }
 
+// Units that one step of a product sums. What is packed is filled up with zeros to whole steps.
+template <class Unit>
+constexpr int64_t kStep = 1;
+#if defined(PREFIXATTN_TILES)
+template <>
+inline constexpr int64_t kStep<Pair> = kTilePairs;
+#endif
+// Lanes past a block's last one are blank up to a vector, or to what a product over lanes sums in
+// one step.
+template <class Sum>
+constexpr int64_t kWholeLanes = kLanes<Sum>;
+#if defined(PREFIXATTN_TILES)
+template <>
+inline constexpr int64_t kWholeLanes<float> = 2 * kTilePairs;
+#endif
+template <class Unit>
+constexpr int64_t depth_of(int64_t numbers) {
+  return (units<Unit>(numbers) + kStep<Unit> - 1) / kStep<Unit> * kStep<Unit>;
+}
+
 inline Vector<float> multiply_add(Vector<float> sum, const float* a, const float* b) {
   return fused(broadcast(*a), load(b), sum);
 }
@@ -82,14 +102,6 @@ struct Left {
   const Unit* data;
   int64_t row_stride, depth_stride;
 };
-
-// The block of C that stays in registers; as many as there are, less some for A and B.
-constexpr int kPanelRows = 6;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPanelVectors = 4;
-#else
-constexpr int kPanelVectors = 2;
-#endif
 
 template <int rows, int vectors, class Sum, class Unit>
 inline void panel(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_stride,
@@ -139,11 +151,11 @@ void panels(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_str
   if (rows & 1) panel<1, vectors>(c, c_stride, a, b, b_stride, depth, start, factors);
 }
 
-// C [rows][vectors * lanes] = start + A [rows][depth] B [depth][vectors * lanes]. With
-// `Start::scaled` every column of C is first multiplied by its one of `factors`.
+// `multiply` by vectors.
 template <class Sum, class Unit>
-void multiply(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_stride, int64_t rows,
-              int64_t vectors, int64_t depth, Start start, const Sum* factors = nullptr) {
+void multiply_panels(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_stride,
+                     int64_t rows, int64_t vectors, int64_t depth, Start start,
+                     const Sum* factors) {
   constexpr int lanes = kLanes<Sum>;
   for (int64_t j = 0; j < vectors;) {
     const int64_t left = vectors - j;
@@ -158,6 +170,98 @@ void multiply(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_s
       j += 1, c += lanes, b += lanes, factors += factors ? lanes : 0;
     }
   }
+}
+
+#if defined(PREFIXATTN_TILES)
+
+// A block of C, 16 or 32 rows by 16 or 32 columns, plus A B over `steps` steps of 16 pairs.
+//
+// Four products share two loads of A and two of B. A is read once for each block of columns and
+// comes from the second cache, so that its loads leave the first one to B and C.
+template <int rows, int columns>
+void tile_block(float* c, int64_t c_stride, Left<Pair> a, const Pair* b, int64_t b_stride,
+                int64_t steps, bool zero) {
+  const int64_t c_row = c_stride * 4, a_row = a.row_stride * 4, b_row = b_stride * 4;
+  float* const below = c + kTileRows * c_stride;
+  if (zero) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(c, c_row);
+    if constexpr (columns > 1) tile_load<1>(c + kTileRows, c_row);
+    if constexpr (rows > 1) tile_load<2>(below, c_row);
+    if constexpr (rows > 1 && columns > 1) tile_load<3>(below + kTileRows, c_row);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    tile_load<6>(b, b_row);
+    if constexpr (columns > 1) tile_load<7>(b + kTileRows, b_row);
+    tile_load_once<4>(a.data, a_row);
+    tile_multiply<0, 4, 6>();
+    if constexpr (columns > 1) tile_multiply<1, 4, 7>();
+    if constexpr (rows > 1) {
+      tile_load_once<5>(a.data + kTileRows * a.row_stride, a_row);
+      tile_multiply<2, 5, 6>();
+      if constexpr (columns > 1) tile_multiply<3, 5, 7>();
+    }
+    a.data += kTilePairs, b += kTilePairs * b_stride;
+  }
+  tile_store<0>(c, c_row);
+  if constexpr (columns > 1) tile_store<1>(c + kTileRows, c_row);
+  if constexpr (rows > 1) tile_store<2>(below, c_row);
+  if constexpr (rows > 1 && columns > 1) tile_store<3>(below + kTileRows, c_row);
+}
+
+template <int columns>
+void tile_rows(float* c, int64_t c_stride, Left<Pair> a, const Pair* b, int64_t b_stride,
+               int64_t rows, int64_t steps, bool zero) {
+  for (; rows >= 2; rows -= 2) {
+    tile_block<2, columns>(c, c_stride, a, b, b_stride, steps, zero);
+    c += 2 * kTileRows * c_stride, a.data += 2 * kTileRows * a.row_stride;
+  }
+  if (rows) tile_block<1, columns>(c, c_stride, a, b, b_stride, steps, zero);
+}
+
+// `multiply` for as many rows as fill tiles; returns how many. What the depth leaves over whole
+// steps goes the way of vectors.
+inline int64_t multiply_tiles(float* c, int64_t c_stride, Left<Pair> a, const Pair* b,
+                              int64_t b_stride, int64_t rows, int64_t vectors, int64_t depth,
+                              Start start, const float* factors) {
+  const int64_t steps = depth / kTilePairs, rest = depth % kTilePairs;
+  rows -= rows % kTileRows;
+  if (a.depth_stride != 1 || rows == 0 || steps == 0) return 0;
+  for (int64_t row = 0; start == Start::scaled && row < rows; ++row)
+    for (int64_t lane = 0; lane < vectors * kLanes<float>; lane += kLanes<float>) {
+      float* const at = c + row * c_stride + lane;
+      store(at, load(at) * load(factors + lane));
+    }
+  for (int64_t j = 0; j < vectors; j += 2) {
+    float* const to = c + j * kTileRows;
+    const Pair* const from = b + j * kTileRows;
+    const bool zero = start == Start::zero;
+    vectors - j >= 2 ? tile_rows<2>(to, c_stride, a, from, b_stride, rows / kTileRows, steps, zero)
+                     : tile_rows<1>(to, c_stride, a, from, b_stride, rows / kTileRows, steps, zero);
+  }
+  if (rest) {
+    a.data += steps * kTilePairs, b += steps * kTilePairs * b_stride;
+    multiply_panels<float>(c, c_stride, a, b, b_stride, rows, vectors, rest, Start::sum, nullptr);
+  }
+  return rows;
+}
+
+#endif
+
+// C [rows][vectors * lanes] = start + A [rows][depth] B [depth][vectors * lanes]. With
+// `Start::scaled` every column of C is first multiplied by its one of `factors`.
+template <class Sum, class Unit>
+void multiply(Sum* c, int64_t c_stride, Left<Unit> a, const Unit* b, int64_t b_stride, int64_t rows,
+              int64_t vectors, int64_t depth, Start start, const Sum* factors = nullptr) {
+#if defined(PREFIXATTN_TILES)
+  if constexpr (std::is_same_v<Unit, Pair>) {
+    const int64_t done =
+        multiply_tiles(c, c_stride, a, b, b_stride, rows, vectors, depth, start, factors);
+    c += done * c_stride, a.data += done * a.row_stride, rows -= done;
+  }
+#endif
+  multiply_panels(c, c_stride, a, b, b_stride, rows, vectors, depth, start, factors);
 }
 
 // Numbers of a dot product that are summed before they meet the others. One chain over a whole head

@@ -5,16 +5,17 @@
 
 #define PREFIXATTN_ISA scheduling
 #include "rows.h"
+#include "tuning.h"
 
 namespace prefixattn {
 namespace {
 
+using scheduling::kBlock;
+using scheduling::kTasksEach;
+using scheduling::kTile;
+using scheduling::kWorthThreads;
 using scheduling::row_of;
 
-// Waking other threads costs more than this many multiplications.
-constexpr double kWorthThreads = 1e6;
-// Tasks for each thread, so that a slow one does not keep the others waiting.
-constexpr int64_t kTasksEach = 2;
 // A cut for a fixed number gives the same sums, in the same order, on any number of threads.
 constexpr int64_t kFixedThreads = 8;
 

@@ -8,11 +8,6 @@
 
 namespace prefixattn {
 
-// Queries in one block, the lanes of its vectors, and keys in one tile. A tile's scores are
-// [key][query]: 24 KiB in float.
-constexpr int kBlock = 64;
-constexpr int kTile = 96;
-
 constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 

@@ -105,7 +105,7 @@ struct Variant {
   template <class Sum>
   void hide_blank(Sum* tile, int64_t count, int64_t keys) const {
     for (int64_t key = 0; key < keys; ++key)
-      for (int64_t lane = count; lane % kLanes<Sum> != 0; ++lane)
+      for (int64_t lane = count; lane % kWholeLanes<Sum> != 0; ++lane)
         tile[key * kBlock + lane] = -Sum(INFINITY);
   }
 

@@ -29,9 +29,19 @@ AVX512 = (
     *(*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     "-mprefer-vector-width=512",
 )
+AVX512BF16 = (*AVX512, "-mavx512bf16")
 # The instruction sets of a machine and their flags; every machine has "plain".
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")},
+    "x86_64": {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512bf16": AVX512BF16,
+        "amx": (*AVX512BF16, "-mamx-tile", "-mamx-bf16"),
+    },
+}
+# Sets for tests, which are built when they are named: AMX's tiles in C++, for other processors.
+FOR_TESTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"amx_emulated": (*AVX512BF16, "-DPREFIXATTN_EMULATED_TILES")},
 }
 COMPILERS = ("c++", "g++", "clang++")
 POSIX = ("getuid", "statvfs")  # functions of `os` that the cache needs, and that Windows lacks
@@ -57,6 +67,10 @@ class Compiler:
     def flags(self) -> dict[str, tuple[str, ...]]:
         """The flags of each instruction set that its machine may have."""
         return {"plain": (), **SETS.get(self.machine, {})}
+
+    def all_flags(self) -> dict[str, tuple[str, ...]]:
+        """The same, and those of the sets for tests."""
+        return {**self.flags(), **FOR_TESTS.get(self.machine, {})}
 
 
 def find_compiler() -> Compiler:
@@ -132,9 +146,9 @@ def _accepts(compiler: Compiler, flags: Sequence[str]) -> bool:
 
 def _recipe(compiler: Compiler, sets: Iterable[str] | None, extra: Sequence[str]) -> str:
     """The text of build.ninja."""
-    flags = compiler.flags()
+    flags = compiler.all_flags()
     if sets is None:  # a compiler may be older than an instruction set
-        sets = [name for name, own in flags.items() if _accepts(compiler, own)]
+        sets = [name for name, own in compiler.flags().items() if _accepts(compiler, own)]
     chosen = list(sets)
     if unknown := set(chosen) - set(flags):
         raise BuildError(

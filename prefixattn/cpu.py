@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from struct import Struct
 
 import torch
@@ -295,7 +296,16 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: there is none, and none can be built.
     """
-    loaded = ctypes.CDLL(str(build.library()))
+    return load(build.library())
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`, its functions declared.
+
+    Raises:
+        BuildError: it is of another version of this file.
+    """
+    loaded = ctypes.CDLL(str(path))
     for name in ("prefixattn_forward", "prefixattn_backward"):
         getattr(loaded, name).argtypes = [ctypes.c_char_p]
     loaded.prefixattn_instructions.restype = ctypes.c_char_p
@@ -309,6 +319,6 @@ def library() -> ctypes.CDLL:
 
 
 def instructions() -> str:
-    """The instruction set in use: plain, avx2, avx512 or avx512bf16."""
+    """The instruction set in use: plain, avx2, avx512, avx512bf16 or amx."""
     found: bytes = library().prefixattn_instructions()
     return found.decode()

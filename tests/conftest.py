@@ -5,7 +5,7 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefixattn import build
+from prefixattn import build, cpu, quick
 
 # What other versions of transformers get wrong themselves, by a part of a test's name.
 PEFT_LOSES = "PEFT 0.21 loses its prefix: its `past_key_values` are `cache` in transformers 5.24"
@@ -49,6 +49,8 @@ UPSTREAM: dict[str, dict[str, str]] = {
 
 # What all tests share. Not the folder `tests`, whose folders have names of packages, like `vllm`.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+import emulated
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
@@ -113,6 +115,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if part in item.nodeid:
                 strict = reason != GENERATOR  # whether it does depends on what was compiled before
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=strict))
+
+
+@pytest.fixture
+def use_instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """A function that takes an instruction set for this test, or skips the test by its name.
+
+    A set for tests has a library of its own, which is built when it is first asked for.
+    """
+    before = cpu.instructions()
+    refusals = {1: "this processor lacks it", 2: "the library was built without it"}
+
+    def use(name: str) -> None:
+        status = cpu.library().prefixattn_use_instructions(name.encode())
+        if status == 2 and name in emulated.SETS and build.obstacle() is None:
+            quick.forget()  # runs that were made for the other library
+            monkeypatch.setattr(cpu, "library", emulated.library)
+            status = cpu.library().prefixattn_use_instructions(name.encode())
+        if status:
+            pytest.skip(f"{name}: {refusals[status]}")
+
+    yield use
+    monkeypatch.undo()
+    quick.forget()
+    cpu.library().prefixattn_use_instructions(before.encode())
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,9 @@ from prefixattn import build, compiler, philox
 PROGRAMS = Path(__file__).with_name("headers")
 SOURCES = [*compiler.SOURCES.glob("*.h"), *compiler.SOURCES.glob("*.cpp")]
 HEADERS = sorted(path.stem for path in SOURCES if path.suffix == ".h")
-SETS = ("plain", "avx2", "avx512", "avx512bf16")
+SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated")
+# The set whose processors a set for tests runs on.
+NEEDS = {"amx_emulated": "avx512bf16"}
 WHOLE = "kernels"  # its program loads the whole library
 WITHOUT_VECTORS = {"arguments", "parallel", "philox", "rows", "schedule", WHOLE}
 SLOW = set("backward block by_lanes by_rows forward gradients prefix_attention variant".split())
@@ -56,7 +58,7 @@ def compile_to(
     flags = [*compiler.FLAGS, "-O1", *WARNINGS, f"-I{compiler.SOURCES}"]
 
     def compile_to(name: str, instructions: str, *sources: str | Path) -> Path:
-        own = found.flags()[instructions]
+        own = found.all_flags()[instructions]
         more = pytestconfig.getoption("native_flags").split()
         run(*found.command, *flags, *own, *more, *sources, "-o", folder / name, "-ldl")
         return folder / name
@@ -117,10 +119,10 @@ def skip_unless_compiled_here(
     header: str, instructions: str, request: pytest.FixtureRequest
 ) -> None:
     found = request.getfixturevalue("found")
-    if instructions not in found.flags():
+    if instructions not in found.all_flags():
         pytest.skip(f"{instructions}: no instruction set of {found.machine}")
     available = request.getfixturevalue("available")
-    if instructions not in available:
+    if NEEDS.get(instructions, instructions) not in available:
         pytest.skip(f"{instructions}: this processor lacks it")
     if header in SLOW and instructions != available[-1]:
         pytest.skip(f"{instructions}: takes seconds to compile; {available[-1]} has to do")
@@ -151,7 +153,7 @@ def test_code_of_an_instruction_set_keeps_to_its_namespace(
 
     Compiled with less optimisation more functions stay out of line, so that this finds more.
     """
-    if instructions not in found.flags():
+    if instructions not in found.all_flags():
         pytest.skip(f"{instructions}: no instruction set of {found.machine}")
     define = f"-DPREFIXATTN_ISA={instructions}"
     source = compiler.SOURCES / compiler.PER_SET

@@ -30,6 +30,8 @@ KINDS: dict[str, tuple[str, str | None, int]] = {
     "cpu-avx2": ("cpu", "avx2", 4000),
     "cpu-avx512": ("cpu", "avx512", 4000),
     "cpu-avx512bf16": ("cpu", "avx512bf16", 4000),
+    "cpu-amx": ("cpu", "amx", 4000),
+    "cpu-amx_emulated": ("cpu", "amx_emulated", 4000),
     "triton": ("triton", None, 300),
 }
 WITHOUT_GRADIENT = {"triton": ("attn_mask", "prefix_bias")}
@@ -53,19 +55,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             number = min(TOGETHER, count - first)
             found.append(pytest.param(name, first, number, id=f"{name}-{first}", marks=marks))
     metafunc.parametrize(("name", "first", "number"), found)
-
-
-@pytest.fixture
-def use_instructions() -> Any:
-    """The instruction set of this test; the one before comes back after it."""
-    before = cpu.instructions()
-
-    def use(name: str) -> None:
-        if cpu.library().prefixattn_use_instructions(name.encode()):
-            pytest.skip(f"{name}: not on this processor, or not in this library")
-
-    yield use
-    cpu.library().prefixattn_use_instructions(before.encode())
 
 
 @cache

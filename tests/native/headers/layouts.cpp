@@ -33,7 +33,7 @@ struct Rows {
 template <class T>
 void check_pack_rows(check::Random& random, int64_t count, int64_t width) {
   using Unit = UnitOf<T>;
-  const int64_t stride = width + 3, depth = units<Unit>(width);
+  const int64_t stride = width + 3, depth = depth_of<Unit>(width);
   const Rows<T> one(random, 1, (count - 1) * stride + width);
   std::vector<Unit> packed(size_t(count * depth));
   pack_rows(packed.data(), one.rows[0].data(), stride, count, width);
@@ -66,10 +66,10 @@ void check_lanes(check::Random& random, int64_t count, int64_t width) {
   std::vector<T*> places, targets;
   for (auto& row : from.rows) places.push_back(row.data());
   for (auto& row : to.rows) targets.push_back(row.data());
-  std::vector<Unit> packed(size_t(units<Unit>(width) * kBlock));
+  std::vector<Unit> packed(size_t(depth_of<Unit>(width) * kBlock));
   pack_lanes(packed.data(), kBlock, [&](int64_t row) { return places[size_t(row)]; }, count, width);
-  for (int64_t i = 0; i < units<Unit>(width) * kPerUnit<Unit>; ++i)
-    for (int64_t lane = 0; lane < round_up(count, kLanes<Unit>); ++lane)
+  for (int64_t i = 0; i < depth_of<Unit>(width) * kPerUnit<Unit>; ++i)
+    for (int64_t lane = 0; lane < round_up(count, kWholeLanes<Sum>); ++lane)
       CHECK(number(packed[size_t(i / kPerUnit<Unit> * kBlock + lane)], i % kPerUnit<Unit>) ==
             from.at(lane, i));
 
@@ -84,6 +84,32 @@ void check_lanes(check::Random& random, int64_t count, int64_t width) {
       CHECK(to.at(lane, i) == from.at(lane, i) * double(factors[size_t(lane)]));
 }
 
+// Rows as the left side of a product that sums over them, and of one that sums along them.
+template <class T>
+void check_left_sides(check::Random& random, int64_t count, int64_t width) {
+  using Unit = UnitOf<T>;
+  const Rows<T> from(random, count, width);
+  std::vector<Unit> room(size_t(room_over_rows<Unit>(width)));
+  const Left<Unit> columns = over_rows(
+      room.data(), [&](int64_t row) { return from.rows[size_t(row)].data(); }, count, width);
+  for (int64_t column = 0; column < width; ++column)
+    for (int64_t row = 0; row < depth_of<Unit>(count) * kPerUnit<Unit>; ++row)
+      CHECK(number(columns.data[column * columns.row_stride +
+                                row / kPerUnit<Unit> * columns.depth_stride],
+                   row % kPerUnit<Unit>) == from.at(row, column));
+
+  for (const int64_t gap : {0, 1, 64}) {  // of which some strides are no whole units
+    const Rows<T> one(random, 1, (count - 1) * (width + gap) + width);
+    std::vector<Unit> packed(size_t(count * depth_of<Unit>(width)));
+    const Left<Unit> rows =
+        along_rows(one.rows[0].data(), width + gap, count, width, packed.data());
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t i = 0; i < width; ++i)
+        CHECK(number(rows.data[row * rows.row_stride + i / kPerUnit<Unit> * rows.depth_stride],
+                     i % kPerUnit<Unit>) == one.at(0, row * (width + gap) + i));
+  }
+}
+
 // Tiles of weights as operands: over keys, and over queries.
 template <class T>
 void check_operands(check::Random& random, int64_t keys) {
@@ -96,7 +122,7 @@ void check_operands(check::Random& random, int64_t keys) {
   };
   const int64_t vectors = kBlock / kLanes<Sum>;
   const Unit* columns = over_keys(room.data(), tile.data(), keys, vectors);
-  for (int64_t key = 0; key < units<Unit>(keys) * kPerUnit<Unit>; ++key)
+  for (int64_t key = 0; key < depth_of<Unit>(keys) * kPerUnit<Unit>; ++key)
     for (int64_t lane = 0; lane < kBlock; ++lane)
       CHECK(number(columns[key / kPerUnit<Unit> * kBlock + lane], key % kPerUnit<Unit>) ==
             wanted(key, lane));
@@ -115,6 +141,7 @@ void check_type() {
       check_pack_rows<T>(random, count, width);
       check_pack_columns<T>(random, count, width);
       check_lanes<T>(random, count, width);
+      check_left_sides<T>(random, count, width);
     }
   for (int64_t keys = 1; keys <= 5; ++keys) check_operands<T>(random, keys);
 }

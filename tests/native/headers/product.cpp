@@ -80,11 +80,17 @@ void check_type() {
       for (const int64_t depth : {0, 1, 2, 7})
         for (const Start start : {Start::zero, Start::sum, Start::scaled})
           check_multiply<Sum, Unit>(random, {rows, vectors, depth}, start, depth == 7);
+  for (const int64_t rows : {16, 33, 47})  // whole tiles, and what is left over
+    for (const int64_t vectors : {1, 2, 3})
+      for (const int64_t depth : {16, 24, 40})
+        for (const Start start : {Start::zero, Start::sum, Start::scaled})
+          check_multiply<Sum, Unit>(random, {rows, vectors, depth}, start, false);
 }
 
 }  // namespace
 
 int main() {
+  [[maybe_unused]] prefixattn::PREFIXATTN_ISA::Tiles tiles;
   static_assert(units<float>(5) == 5 && units<Pair>(5) == 3 && units<Pair>(0) == 0);
   check_type<float, float>();
   check_type<double, double>();
