@@ -50,8 +50,6 @@ UPSTREAM: dict[str, dict[str, str]] = {
 # What all tests share. Not the folder `tests`, whose folders have names of packages, like `vllm`.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-import emulated
-
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
 
@@ -123,6 +121,8 @@ def use_instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str]
 
     A set for tests has a library of its own, which is built when it is first asked for.
     """
+    import emulated  # of tests/support
+
     before = cpu.instructions()
     refusals = {1: "this processor lacks it", 2: "the library was built without it"}
 

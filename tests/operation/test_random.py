@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefixattn import cpu, prefix_attention
+from prefixattn import prefix_attention
 from prefixattn.testing import poisoned_memory
 
 from . import oracle, yardstick
