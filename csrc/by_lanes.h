@@ -62,7 +62,7 @@ class ByLanes {
   template <class To>
   void write(To* const* rows, const Sum* factors, int64_t count) {
     if (fresh_) std::memset(sums_, 0, size_t(value_dim_ * kBlock) * sizeof(Sum));
-    unpack_lanes(rows, sums_, factors, count, value_dim_);
+    unpack_lanes(rows, sums_, kBlock, factors, count, value_dim_);
   }
 
  private:

@@ -1,6 +1,7 @@
 // The forward of one call: its tasks, on threads.
 #pragma once
 
+#include "by_tiles.h"
 #include "prefix_attention.h"
 
 namespace prefixattn::PREFIXATTN_ISA {
@@ -141,8 +142,36 @@ void forward_split(const Arguments& a, const Schedule& s, std::atomic<bool>& fai
   });
 }
 
+#if defined(PREFIXATTN_TILES)
+// Strips of queries take in both halves. Each strip's result is the same however many share a task.
+inline void forward_tiles(const Arguments& a, const Schedule& s, std::atomic<bool>& failed) {
+  const int64_t strips = s.blocks * (kBlock / kStrip), strands = a.rows * a.key_heads;
+  const int64_t each = ceil_div(strips * strands, kTasksEach * s.threads);
+  const int64_t together = each < kStripsOfTask ? each : kStripsOfTask;
+  const int64_t tasks = ceil_div(strips, together);
+  Queue queue{strands * tasks};
+  on_threads(s.threads, [&] {
+    ByTiles forward(a, failed);
+    for (int64_t task; forward.ready() && queue.take(task);) {
+      const int64_t strand = task / tasks, key_head = strand % a.key_heads;
+      const Row row = row_of(a, strand / a.key_heads);
+      const int64_t first = (tasks - 1 - task % tasks) * together * kStrip;
+      if (!forward.begin(row, key_head, first, together)) continue;
+      if (row.prefix_tokens > 0)
+        forward.attend(Half::prefix, source_of<Bfloat16>(a, row, Half::prefix, key_head));
+      forward.attend(Half::sequence, source_of<Bfloat16>(a, row, Half::sequence, key_head));
+      forward.finish();
+    }
+  });
+}
+#endif
+
 template <class T>
 void forward(const Arguments& a, const Schedule& s, std::atomic<bool>& failed) {
+#if defined(PREFIXATTN_TILES)
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    if (!s.split && ByTiles::takes(a)) return forward_tiles(a, s, failed);
+#endif
   s.split ? forward_split<T>(a, s, failed) : forward_whole<T>(a, s, failed);
 }
 

@@ -104,7 +104,7 @@ class Backward {
     T* rows[kBlock];
     block_.rows(arguments_.dquery, rows);
     for (int64_t lane = 0; lane < kBlock; ++lane) scale[lane] = Sum(arguments_.scale);
-    unpack_lanes(rows, dquery_, scale, block_.count, arguments_.head_dim);
+    unpack_lanes(rows, dquery_, kBlock, scale, block_.count, arguments_.head_dim);
   }
 
   // Adds the gradients of the scores of some slots to that of their half's bias.

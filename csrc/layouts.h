@@ -86,16 +86,16 @@ void pack_lanes(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t count,
 
 // rows[lane][column] = from[column][lane] * factors[lane]: pack_lanes' way back.
 template <class T, class Sum>
-void unpack_lanes(T* const* rows, const Sum* from, const Sum* factors, int64_t count,
-                  int64_t width) {
+void unpack_lanes(T* const* rows, const Sum* from, int64_t from_stride, const Sum* factors,
+                  int64_t count, int64_t width) {
   constexpr int lanes = kLanes<Sum>;
   for (int64_t lane = 0; lane < count; lane += lanes)
     for (int64_t column = 0; column < width; column += lanes) {
       Vector<Bits<Sum>> square[lanes];
       for (int i = 0; i < lanes; ++i)
         square[i] = column + i < width
-                        ? bits_as<Vector<Bits<Sum>>>(load(from + (column + i) * kBlock + lane) *
-                                                     load(factors + lane))
+                        ? bits_as<Vector<Bits<Sum>>>(
+                              load(from + (column + i) * from_stride + lane) * load(factors + lane))
                         : Vector<Bits<Sum>>{};
       transpose<Bits<Sum>>(square);
       for (int i = 0; i < lanes && lane + i < count; ++i) {

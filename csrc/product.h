@@ -242,7 +242,7 @@ inline int64_t multiply_tiles(float* c, int64_t c_stride, Left<Pair> a, const Pa
   }
   if (rest) {
     a.data += steps * kTilePairs, b += steps * kTilePairs * b_stride;
-    multiply_panels<float>(c, c_stride, a, b, b_stride, rows, vectors, rest, Start::sum, nullptr);
+    multiply_panels(c, c_stride, a, b, b_stride, rows, vectors, rest, Start::sum, factors);
   }
   return rows;
 }

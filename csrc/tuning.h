@@ -18,6 +18,14 @@ constexpr int kTile = 128;
 constexpr int kTile = 96;
 #endif
 
+#if defined(PREFIXATTN_TILES)
+// Strips of 32 queries that share what is packed of the keys, and keys in a group: 512 of them, and
+// their transposed values, stay in 2 MiB of second cache beside the strips' own 384 KiB (Granite
+// Rapids, prototypes/amx).
+constexpr int kStripsOfTask = 16;
+constexpr int kKeysOfGroup = 512;
+#endif
+
 // The block of a product that stays in registers: as many as there are, less some for operands.
 constexpr int kPanelRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)

@@ -78,7 +78,7 @@ void check_lanes(check::Random& random, int64_t count, int64_t width) {
     factors[size_t(lane)] = Sum(lane % 2 ? 2 : -0.5);
     for (int64_t i = 0; i < width; ++i) sums[size_t(i * kBlock + lane)] = Sum(from.at(lane, i));
   }
-  unpack_lanes(targets.data(), sums.data(), factors.data(), count, width);
+  unpack_lanes(targets.data(), sums.data(), kBlock, factors.data(), count, width);
   for (int64_t lane = 0; lane < count; ++lane)
     for (int64_t i = 0; i < width; ++i)
       CHECK(to.at(lane, i) == from.at(lane, i) * double(factors[size_t(lane)]));
