@@ -80,7 +80,6 @@ class ByTiles {
   ByTiles(const Arguments& a, std::atomic<bool>& failed)
       : arguments_(a), steps_(round_up(a.head_dim, 32) / 32),
         blocks_(round_up(a.value_dim, 32) / 32), chunk_(steps_ > 2 ? 32 : 64),
-        per_product_(steps_ > 2 ? 1 : int(4 / steps_)),
         folds_(a.keys > kFoldAfter || a.prefix_tokens > kFoldAfter),
         scale_(float(a.scale * 1.4426950408889634)), arena_(failed) {
     const int64_t head_dim = steps_ * 32, value_dim = blocks_ * 32;
@@ -253,8 +252,8 @@ class ByTiles {
       if (strip.softmax.unset)
         strip.softmax.set(scores_[side], chunk_, now.number * chunk_, scale_);
       Pair* weights = weights_[panel] + in_panel * chunk_ / 2 * kStrip;
-      const bool fits =
-          now.masked ? step<true>(now, next, side, weights) : step<false>(now, next, side, weights);
+      const bool fits = now.masked ? step_masked<true>(now, next, side, weights)
+                                   : step_masked<false>(now, next, side, weights);
       if (!fits) {
         drain();
         hand_over(strip, panel_first, in_panel, weights_[panel]);
@@ -295,14 +294,23 @@ class ByTiles {
     return {&strip, chunk_at_++, strip.all.first > slot || strip.all.last < slot + chunk_};
   }
 
+  // `step` with as many weights after each product as fill a chunk's products.
+  template <bool masked>
+  bool step_masked(const Chunk& now, const Chunk& next, int side, Pair* to) {
+    if (steps_ == 1) return step<masked, 4>(now, next, side, to);
+    if (steps_ == 2) return step<masked, 2>(now, next, side, to);
+    return step<masked, 1>(now, next, side, to);
+  }
+
   // One step: weights of `now`, the scores of `next`, and a block of what is pending. Returns
   // whether the weights fit; if they do they count.
-  template <bool masked>
+  template <bool masked, int per_product>
   bool step(const Chunk& now, const Chunk& next, int side, Pair* to) {
     StripSoftmax& softmax = now.strip->softmax;
     Weights<masked> weights(softmax, scores_[side], to, chunk_, now.number * chunk_, scale_);
     const auto between = [&]() __attribute__((always_inline)) {
-      for (int i = 0; i < per_product_; ++i) weights.next();
+#pragma GCC unroll 4
+      for (int i = 0; i < per_product; ++i) weights.next();
     };
     weights.begin(0);
     if (next.strip) multiply_keys(next, scores_[side ^ 1], between);
@@ -445,7 +453,6 @@ class ByTiles {
   [[maybe_unused]] Tiles tiles_of_thread_;
   const Arguments& arguments_;
   const int64_t steps_, blocks_, chunk_;  // steps of 32 in the head dim and in the value's; keys
-  const int per_product_;                 // calls of `Weights::next` after each product
   const bool folds_;
   const float scale_;  // of products, to scores in base 2
   Arena arena_;
