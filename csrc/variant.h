@@ -63,13 +63,7 @@ struct Variant {
         }
         store(tile + at, scores);
       }
-    if (has_alibi())
-      for (int64_t lane = 0; lane < count; ++lane) {
-        const Sum slope = Sum(arguments.alibi_slopes[lanes[lane].head]);
-        const int64_t far = distance(lanes[lane]) - first;
-        for (int64_t key = 0; key < keys; ++key)
-          tile[key * kBlock + lane] -= slope * Sum(std::abs(far - key));
-      }
+    if (has_alibi()) add_alibi(tile, lanes, count, first, keys);
     switch (bias().data ? bias().kind : -1) {
       case kFloat32: return add_bias<float>(tile, lanes, count, first, keys);
       case kFloat64: return add_bias<double>(tile, lanes, count, first, keys);
@@ -84,17 +78,25 @@ struct Variant {
   // Dropout: the numbers that stay are divided by what stays on average, the others are 0.
   template <class Sum>
   void drop(Sum* tile, const Lane* lanes, int64_t count, int64_t first, int64_t keys) const {
+    constexpr int width = kLanes<uint32_t>;
     const uint64_t threshold = uint64_t(std::nearbyint(arguments.dropout * 0x1p32));
     const Sum kept = Sum(1 / (1 - arguments.dropout));
     const uint64_t seed = uint64_t(arguments.dropout_seed[0]);
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const Lane& at = lanes[lane];
-      // A packed segment is a row of its own here.
-      const uint32_t row = uint32_t(at.row.number + arguments.dropout_seed[1]);
+    for (int64_t start = 0; start < count; start += width) {
+      const int64_t used = count - start < width ? count - start : width;
+      Vector<uint32_t> queries{}, heads{}, rows{};
+      for (int64_t i = 0; i < used; ++i) {
+        const Lane& at = lanes[start + i];
+        // A packed segment is a row of its own here.
+        rows[i] = uint32_t(at.row.number + arguments.dropout_seed[1]);
+        queries[i] = uint32_t(at.query), heads[i] = uint32_t(at.head);
+      }
       for (int64_t key = 0; key < keys; ++key) {
-        const uint32_t word = random_word(seed, uint32_t(column(first + key)), uint32_t(at.query),
-                                          uint32_t(at.head), row);
-        tile[key * kBlock + lane] *= word >= threshold ? kept : Sum(0);
+        const auto columns = broadcast(uint32_t(column(first + key)));
+        uint32_t words[width];
+        store(words, random_words(seed, columns, queries, heads, rows));
+        Sum* const at = tile + key * kBlock + start;
+        for (int i = 0; i < width; ++i) at[i] *= words[i] >= threshold ? kept : Sum(0);
       }
     }
   }
@@ -109,20 +111,89 @@ struct Variant {
         tile[key * kBlock + lane] = -Sum(INFINITY);
   }
 
-  template <class T, class Sum>
-  void add_bias(Sum* tile, const Lane* lanes, int64_t count, int64_t first, int64_t keys) const {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const T* numbers =
-          static_cast<const T*>(bias().data) + place(bias(), lanes[lane]) + first * bias().key;
-      for (int64_t key = 0; key < keys; ++key, numbers += bias().key) {
-        Sum& score = tile[key * kBlock + lane];
-        if constexpr (std::is_same_v<T, bool>) {
-          if (!*numbers) score = -Sum(INFINITY);
-        } else {
-          score += Sum(widen(*numbers));
-        }
+  // Takes slope * distance from each score. Distances are whole numbers, exact as vectors of `Sum`
+  // where they are not too large for them.
+  template <class Sum>
+  void add_alibi(Sum* tile, const Lane* lanes, int64_t count, int64_t first, int64_t keys) const {
+    constexpr int64_t kExact = int64_t(1) << (sizeof(Sum) == 4 ? 24 : 53);
+    for (int64_t start = 0; start < count; start += kLanes<Sum>) {
+      alignas(64) Sum slopes[kLanes<Sum>] = {}, far[kLanes<Sum>] = {};
+      bool exact = true;
+      const int64_t used = count - start < kLanes<Sum> ? count - start : kLanes<Sum>;
+      for (int64_t i = 0; i < used; ++i) {
+        const int64_t apart = distance(lanes[start + i]) - first;
+        exact &= apart > -kExact && apart < kExact - keys;
+        slopes[i] = Sum(arguments.alibi_slopes[lanes[start + i].head]), far[i] = Sum(apart);
+      }
+      Sum* at = tile + start;
+      if (exact) {
+        const Vector<Sum> slope = load(slopes);
+        Vector<Sum> apart = load(far);
+        for (int64_t key = 0; key < keys; ++key, at += kBlock, apart -= Sum(1))
+          store(at, load(at) - slope * (apart < Sum(0) ? -apart : apart));
+        continue;
+      }
+      for (int64_t i = 0; i < used; ++i) {
+        const int64_t apart = distance(lanes[start + i]) - first;
+        for (int64_t key = 0; key < keys; ++key)
+          at[key * kBlock + i] -= slopes[i] * Sum(std::abs(apart - key));
       }
     }
+  }
+
+  // What a vector of a bias's numbers adds to scores, or -inf where a mask hides them.
+  template <class Sum, class T>
+  static Vector<Sum> addends(const T* numbers) {
+    if constexpr (std::is_same_v<T, bool>) {
+      typedef uint8_t Bytes __attribute__((vector_size(kLanes<Sum>)));
+      Bytes bytes;
+      std::memcpy(&bytes, numbers, sizeof bytes);
+      const auto shown = __builtin_convertvector(bytes, Vector<Integer<Sum>>) != 0;
+      return shown ? Vector<Sum>{} : broadcast(-Sum(INFINITY));
+    } else if constexpr (std::is_same_v<Sum, float> && !std::is_same_v<T, double>) {
+      return widen_vector(numbers);
+    } else {
+      Vector<Sum> wide{};
+      for (int i = 0; i < kLanes<Sum>; ++i) wide[i] = Sum(widen(numbers[i]));
+      return wide;
+    }
+  }
+
+  // Adds a bias, whose numbers lie along keys, to scores, which lie along queries: squares of both
+  // are transposed. Numbers with gaps between them, or shared by all keys, go one by one.
+  template <class T, class Sum>
+  void add_bias(Sum* tile, const Lane* lanes, int64_t count, int64_t first, int64_t keys) const {
+    constexpr int width = kLanes<Sum>;
+    const T* rows[kBlock];
+    for (int64_t lane = 0; lane < count; ++lane)
+      rows[lane] =
+          static_cast<const T*>(bias().data) + place(bias(), lanes[lane]) + first * bias().key;
+    const int64_t squares = bias().key == 1 ? keys / width * width : 0;
+    for (int64_t start = 0; start < count && squares; start += width)
+      for (int64_t key = 0; key < squares; key += width) {
+        Vector<Bits<Sum>> square[width];
+        for (int i = 0; i < width; ++i)
+          square[i] = start + i < count
+                          ? bits_as<Vector<Bits<Sum>>>(addends<Sum>(rows[start + i] + key))
+                          : Vector<Bits<Sum>>{};
+        transpose<Bits<Sum>>(square);
+        for (int i = 0; i < width; ++i) {
+          Sum* const at = tile + (key + i) * kBlock + start;
+          const Vector<Sum> scores = load(at), more = bits_as<Vector<Sum>>(square[i]);
+          // What is hidden may be no number.
+          store(at, std::is_same_v<T, bool> ? (more == 0 ? scores : more) : scores + more);
+        }
+      }
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int64_t key = squares; key < keys; ++key) {
+        Sum& score = tile[key * kBlock + lane];
+        const T number = rows[lane][key * bias().key];
+        if constexpr (std::is_same_v<T, bool>) {
+          if (!number) score = -Sum(INFINITY);
+        } else {
+          score += Sum(widen(number));
+        }
+      }
   }
 };
 

@@ -24,7 +24,7 @@ SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated")
 # The set whose processors a set for tests runs on.
 NEEDS = {"amx_emulated": "avx512bf16"}
 WHOLE = "kernels"  # its program loads the whole library
-WITHOUT_VECTORS = {"arguments", "parallel", "philox", "rows", "schedule", WHOLE}
+WITHOUT_VECTORS = {"arguments", "parallel", "rows", "schedule", WHOLE}
 SLOW = set("backward block by_lanes by_rows forward gradients prefix_attention variant".split())
 # GCC 12 finds fault with intrinsics of its own (in _mm256_undefined_si256 and its like).
 WARNINGS = (

@@ -6,7 +6,8 @@ using namespace check;
 
 namespace {
 
-constexpr int64_t kFirst = 2, kKeys = 3;  // the tile's slots
+constexpr int64_t kFirst = 2, kKeys = 37;  // the tile's slots: some whole vectors, and more
+constexpr int64_t kSlots = 43;             // of a half
 
 // Lanes of two heads of one row that starts late, and a tile of products for them.
 template <class Sum>
@@ -15,12 +16,12 @@ struct Scene {
   Lane lanes[kBlock];
   int64_t count = 4;
   std::vector<Sum> tile;
-  int64_t start = 1, tokens = 4;
+  int64_t start = 1, tokens = 41;
   double slopes[2] = {0.5, 0.125};
 
   Scene() : tile(kKeys * kBlock) {
-    a.rows = a.bank = a.key_heads = 1, a.heads = 2, a.queries = 4, a.keys = 9;
-    a.prefix_tokens = 6, a.window = -1, a.scale = 0.5;
+    a.rows = a.bank = a.key_heads = 1, a.heads = 2, a.queries = 4, a.keys = kSlots;
+    a.prefix_tokens = kSlots, a.window = -1, a.scale = 0.5;
     a.key_start = &start, a.prefix_lengths = &tokens;
     for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = lane_of(a, row_of(a, 0), 0, lane);
     Random random(5);
@@ -79,22 +80,29 @@ template <class Sum, class T>
 void check_bias(int64_t kind) {
   Scene<Sum> scene;
   Random random(6);
-  std::vector<T> numbers(size_t(2 * 4 * 9));
+  std::vector<T> numbers(size_t(2 * 4 * kSlots));
   for (T& number : numbers) number = narrow<T>(SumOf<T>(random.whole(-8, 8)) / 4);
-  scene.a.attn_mask = {numbers.data(), kind, 0, 4 * 9, 9, 1};
+  scene.a.attn_mask = {numbers.data(), kind, 0, 4 * kSlots, kSlots, 1};
   const Variant variant{scene.a, Half::sequence};
   CHECK(!variant.plain() && (Variant{scene.a, Half::prefix}.plain()));
+  // And one whose numbers have gaps between them.
+  std::vector<T> apart(2 * numbers.size());
+  for (size_t i = 0; i < numbers.size(); ++i) apart[2 * i] = numbers[i];
+  Arguments b = scene.a;
+  b.attn_mask = {apart.data(), kind, 0, 8 * kSlots, 2 * kSlots, 2};
+  CHECK(scene.scored({b, Half::sequence}) == scene.scored(variant));
   scene.check(scene.scored(variant), [&](double product, const Lane& lane, int64_t slot) {
-    return product + double(widen(numbers[size_t((lane.head * 4 + lane.query) * 9 + slot)]));
+    return product + double(widen(numbers[size_t((lane.head * 4 + lane.query) * kSlots + slot)]));
   });
 }
 
 template <class Sum>
 void check_mask() {
   Scene<Sum> scene;
-  bool seen[9];
-  for (int slot = 0; slot < 9; ++slot) seen[slot] = slot % 2 == 0;
+  bool seen[kSlots];
+  for (int slot = 0; slot < kSlots; ++slot) seen[slot] = slot % 2 == 0;
   scene.a.attn_mask = {seen, kBool, 0, 0, 0, 1};  // one for all queries
+  scene.tile[3 * kBlock] = NAN;                   // at slot 5, which is hidden
   scene.check(
       scene.scored({scene.a, Half::sequence}),
       [&](double product, const Lane&, int64_t slot) { return seen[slot] ? product : -INFINITY; });
@@ -113,7 +121,7 @@ void check_dropout() {
     variant.drop(weights.data(), scene.lanes, scene.count, kFirst, kKeys);
     scene.a.scale = 1;
     scene.check(weights, [&](double weight, const Lane& lane, int64_t slot) {
-      const uint32_t column = uint32_t(slot + (half == Half::sequence ? 6 : 0));
+      const uint32_t column = uint32_t(slot + (half == Half::sequence ? kSlots : 0));
       const uint32_t word =
           random_word(uint64_t(seed[0]), column, uint32_t(lane.query), uint32_t(lane.head), 7);
       return word >= 0.375 * 0x1p32 ? weight / 0.625 : 0;
