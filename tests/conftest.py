@@ -29,7 +29,6 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "test_a_model_that_names_us_and_has_no_prefix[llama4-padded-static]": CHUNKS,
         "test_places.py::test_compiled[llama-jump]": GENERATOR,
         "test_places.py::test_packed_documents_compiled[llama]": GENERATOR,
-        "test_places.py::test_paligemma_counts_from_one": "forward and generate differ here; open",
         "test_the_decoder_continues_a_text[umt5]": "UMT5's decoder sees what comes later",
     },
     "5.24": {
