@@ -42,7 +42,6 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "test_places.py::test_compiled[llama-jump]": GENERATOR,
         "test_places.py::test_packed_documents_compiled[llama]": GENERATOR,
         "test_followed[gptj, sines in its layers]": "longer sines are refused in words; open",
-        "test_generation[codegen-3]": "its weights say one thing, with a prefix and without",
     },
 }
 
