@@ -41,7 +41,6 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "test_lora_added_later_is_saved_alone_and_says_so[added]": "add_adapter wants PEFT 0.22",
         "test_places.py::test_compiled[llama-jump]": GENERATOR,
         "test_places.py::test_packed_documents_compiled[llama]": GENERATOR,
-        "test_followed[gptj, sines in its layers]": "longer sines are refused in words; open",
     },
 }
 
