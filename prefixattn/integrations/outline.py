@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 DETACH = "detach(), and attach a prefix that is made for the model as it is now"
 
 
+def refuse_changes(model: PreTrainedModel, why: str | None) -> None:
+    """Raise if there is a reason why a prefix cannot go on in ``model``.
+
+    Where Dynamo meets an exception as it traces, the functions on its way run uncompiled from then
+    on, in every model. After a graph break it is met where nothing is traced.
+    """
+    if why is None:
+        return
+    message = f"{type(model).__name__} was changed under its prefix: {why}. {DETACH}"
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=message)
+    raise RuntimeError(message)
+
+
 class Link(NamedTuple):
     """``child`` is what ``parent`` has under ``key``."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import prefixattn
 from prefixattn import EncoderDecoderPrefix, Prefix
@@ -506,15 +507,29 @@ def test_compiled_and_followed(attach: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_replace_attention, _swap_layers])
+@torch.no_grad()
 def test_compiled_and_refused(change: Callable[[Any], None], attach: Any) -> None:
-    """A graph is made anew for a model that was changed, and the change is looked at then."""
+    """A graph is made anew for a model that was changed, and the change is looked at then.
+
+    What is done as the refusal says is one graph again. An exception that Dynamo traces would leave
+    the functions on its way uncompiled, in this model and in others of its class.
+    """
     torch._dynamo.reset()
-    model = build("llama")
-    attach(model, prefix_of(model))
+    model, other = build("llama"), build("llama")
+    handle = attach(model, prefix_of(model))
     compiled: Any = torch.compile(model, backend="eager")
     before = says(model)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs_of(model)).logits, before)
-        change(model)
-        with pytest.raises(RuntimeError, match="changed under its prefix"):
-            compiled(**inputs_of(model))
+    torch.testing.assert_close(compiled(**inputs_of(model)).logits, before)
+    change(model)
+    with pytest.raises(RuntimeError, match="changed under its prefix"):
+        compiled(**inputs_of(model))
+    whole: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="changed under its prefix"):
+        whole(**inputs_of(model))
+    handle.detach()
+    for attached in (model, other):
+        attach(attached, prefix_of(attached))
+        counter = CompileCounter()
+        whole = torch.compile(attached, backend=counter, fullgraph=True)
+        torch.testing.assert_close(whole(**inputs_of(attached)).logits, says(attached))
+        assert counter.frame_count == 1
