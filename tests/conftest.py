@@ -26,7 +26,6 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "test_generation[llama4_text": CHUNKS,
         "test_a_model_that_names_us_and_has_no_prefix[llama4-whole-static]": CHUNKS,
         "test_a_model_that_names_us_and_has_no_prefix[llama4-padded-static]": CHUNKS,
-        "test_the_decoder_continues_a_text[umt5]": "UMT5's decoder sees what comes later",
     },
     "5.24": {
         "integrations/test_encoders.py::test_equals_peft": PEFT_LOSES,

@@ -51,7 +51,9 @@ def build(name: str, **changes: int) -> Any:
     config = CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
-    model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
+    # In transformers 5.17 UMT5's decoder says that it is not causal, which sdpa takes for granted.
+    kind = {"attn_implementation": "eager"} if name == "umt5" else {}
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, **kind).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
