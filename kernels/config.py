@@ -49,7 +49,8 @@ CHIPS = {
 }
 WIDTHS = (64, 128, 256)  # of the rows below: the wider of BLOCK_D and BLOCK_DV, at least 64
 # (BLOCK_M, BLOCK_N, warps, stages) for each of WIDTHS. All of them compile without a spill on the
-# oldest and the newest Triton; of those that do, the largest tiles that leave room for two stages.
+# newest Triton, and with no more than a dozen instructions' on the oldest; of those that do, these
+# are the largest tiles that leave room for two stages.
 # "decode16" is for up to 16 queries, "decode" for more. See benchmarks/results/compile-*.json.
 HALF = {
     "sm80": {
@@ -141,6 +142,8 @@ def tiles(
         table = HALF if bits == 16 else FULL
         block_m, block_n, warps, stages = table[target][direction][width]
     small = 0 < tokens <= max(16, block_n // 2)
+    # There the compiler spills a few registers for an occupancy that is not worth it.
+    spills = bits == 32 or (direction == "dkv" and width == 2)
     return Tiles(
         D=D,
         D_V=D_V,
@@ -153,8 +156,7 @@ def tiles(
         PRECISION="tf32x3" if bits == 32 and width < 2 and target.startswith("sm") else "ieee",
         WARPS=warps,
         STAGES=stages,
-        # In float32 the compiler spills a few registers for an occupancy that is not worth it.
-        REGISTERS=255 if bits == 32 and target.startswith("sm") else 0,
+        REGISTERS=255 if spills and target.startswith("sm") else 0,
     )
 
 

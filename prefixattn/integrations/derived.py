@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from prefixattn.integrations.uncompiled import with_code_of_its_own
+
 Members = Callable[[type], dict[str, Any]]
 
 
@@ -114,7 +116,7 @@ def _derived(old: type, members: Members) -> type:
             self.__class__ = origin[0]
             origin[0].__init__(self, *args, **kwargs)
 
-        body = members(old) | {
+        body = {name: with_code_of_its_own(held) for name, held in members(old).items()} | {
             "__module__": old.__module__,
             "__init__": init,
             "__qualname__": old.__qualname__,  # transformers looks up by it what can be recorded

@@ -30,7 +30,11 @@ from prefixattn.integrations.survey import (
 from prefixattn.integrations.tensor_parallel import OwnHeads
 from prefixattn.integrations.text_side import has_encoder
 from prefixattn.integrations.transformers import NAME, register
-from prefixattn.integrations.uncompiled import compiled_alone, unwrapped
+from prefixattn.integrations.uncompiled import (
+    compiled_alone,
+    unwrapped,
+    with_code_of_its_own,
+)
 from prefixattn.integrations.undo import Undo
 from prefixattn.layers import LayerShape, Positions, PrefixBatch, PrefixSource
 
@@ -306,15 +310,17 @@ def _install_stack(
             why = 'its recurrence begins anew at position 0: positions="keep" can'
         raise refusal(stack, why)
     if stack is not model:
-        note = boarding.note_caller
+        note = with_code_of_its_own(boarding.note_caller)
+        forget = with_code_of_its_own(boarding.forget_caller)
         outer = model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         undo.callback(outer.remove)
-        undo.callback(model.register_forward_hook(boarding.forget_caller, always_call=True).remove)
+        undo.callback(model.register_forward_hook(forget, always_call=True).remove)
         note_directly(model, boarding, undo)
     undo.callback(boarding.close)
     board_directly(stack, boarding, undo)
-    undo.callback(stack.register_forward_pre_hook(boarding, with_kwargs=True).remove)
-    undo.callback(stack.register_forward_hook(boarding.leave, always_call=True).remove)
+    board, leave = with_code_of_its_own(boarding.__call__), with_code_of_its_own(boarding.leave)
+    undo.callback(stack.register_forward_pre_hook(board, with_kwargs=True).remove)
+    undo.callback(stack.register_forward_hook(leave, always_call=True).remove)
     _install_relays(model, every, boarding, undo)
     return boarding
 

@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -56,3 +57,22 @@ def compiled_alone(model: nn.Module, layer: nn.Module | None, modules: Sequence[
     }
     in_place = any(module._compiled_call_impl is not None for module in modules)
     return in_place or any(id(module) in wrapped for module in (layer, *modules))
+
+
+def with_code_of_its_own(held: Any) -> Any:
+    """A function or a bound method with a copy of its code; anything else is returned as it is.
+
+    ``torch.compile`` keeps what it made by the code object of the function that it entered by, and
+    counts there how often it had to compile anew. Hooks and the methods of derived classes are
+    such functions, and every model would share them: the ninth kind of model that a process
+    compiles would be over Dynamo's limit.
+    """
+    if isinstance(held, MethodType):
+        return MethodType(with_code_of_its_own(held.__func__), held.__self__)
+    if not isinstance(held, FunctionType):
+        return held
+    code, names = held.__code__.replace(), held.__globals__
+    made = FunctionType(code, names, held.__name__, held.__defaults__, held.__closure__)
+    made.__kwdefaults__, made.__qualname__ = held.__kwdefaults__, held.__qualname__
+    made.__dict__.update(held.__dict__)
+    return made

@@ -13,11 +13,6 @@ import prefixattn
 from prefixattn import Prefix, PrefixBank
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -181,3 +176,20 @@ def test_a_text_that_grows_over_where_frequencies_change_is_refused(attach: Any)
     torch.testing.assert_close(run(ids[:, :9]).logits, expected)
     with pytest.raises(ValueError, match="other frequencies from 16 tokens on"):
         run(ids)
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=2)
+@pytest.mark.parametrize("part", ["a model", "its stack of layers"])
+def test_kinds_of_models_have_their_own_limit(
+    case: Callable[..., Any], attach: Any, part: str
+) -> None:
+    """One process may compile any number of kinds of models: each has its own recompilations."""
+    for name in ("First", "Second", "Third", "Fourth"):
+        given = case("llama")
+        model = given.model if part == "a model" else given.model.model
+        model.__class__ = type(name, (type(model),), {})
+        attach(model, given.prefix())
+        expected = model(given.input_ids)[0]
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(given.input_ids)[0], expected)

@@ -72,11 +72,6 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_compiled_before_the_prefix_is_made(
     case: Callable[..., Any], attach: Any, way: str

@@ -95,7 +95,6 @@ def test_copies_and_pickles(pair: Any) -> None:
 @torch.no_grad()
 def test_compiled(pair: Any) -> None:
     embedder, _, _, batch = pair
-    torch._dynamo.reset()
     compiled = torch.compile(embedder, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch), embedder(**batch))
 

@@ -495,7 +495,6 @@ def test_copies_look_at_their_own_modules(attach: Any) -> None:
 
 
 def test_compiled_and_followed(attach: Any) -> None:
-    torch._dynamo.reset()
     model = build("bart")
     attach(model, prefix_of(model))
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
@@ -514,7 +513,6 @@ def test_compiled_and_refused(change: Callable[[Any], None], attach: Any) -> Non
     What is done as the refusal says is one graph again. An exception that Dynamo traces would leave
     the functions on its way uncompiled, in this model and in others of its class.
     """
-    torch._dynamo.reset()
     model, other = build("llama"), build("llama")
     handle = attach(model, prefix_of(model))
     compiled: Any = torch.compile(model, backend="eager")

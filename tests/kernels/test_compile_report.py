@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ ONLY_HELP = ("delta", "combine")  # kernels without a product or a row of their 
 # The oldest and the newest Triton, which `make test-triton-matrix` runs.
 SUPPORTED = re.findall(r"^triton>=(.+),<=(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[0]
 
+# Instructions that one kernel may spill. The oldest Triton spills up to a dozen in three rows; what
+# would spare it them costs the newest one a third of the programs that run at a time.
+SPILLED = dict(zip(SUPPORTED, (12, 0), strict=True))
+
 Line = dict[str, Any]
 
 
@@ -46,13 +51,13 @@ def direction(kernel: str) -> str:
     return "dkv" if kernel in ("dk", "dv") else kernel
 
 
-def faults(line: Line) -> list[str]:
+def faults(line: Line, spilled: int) -> list[str]:
     """What a kernel of the plain problem promises and does not keep."""
     name = " ".join(str(line[key]) for key in ("target", "kernel", "D", "dtype"))
     if "error" in line:
         return [f"{name}: {line['error']}"]
     found = []
-    if line["spills"] or line["stack"]:
+    if line["spills"] > spilled or (line["stack"] and not spilled):
         found.append(f"{name}: {line['spills']} spills, {line['stack']} bytes of stack")
     if line["shared"] > 1024 * KIB_OF_SHARED[line["target"]]:
         found.append(f"{name}: {line['shared']} bytes of shared memory")
@@ -66,8 +71,9 @@ def faults(line: Line) -> list[str]:
     return found
 
 
-def promises(lines: list[Line]) -> list[str]:
-    return [fault for line in lines if line["variant"] == "causal" for fault in faults(line)]
+def broken(lines: list[Line], version: str) -> list[str]:
+    plain = [line for line in lines if line["variant"] == "causal"]
+    return [fault for line in plain for fault in faults(line, SPILLED.get(version, 0))]
 
 
 @pytest.mark.triton
@@ -79,7 +85,7 @@ def test_the_sm90_rows_keep_their_promises(tmp_path: Path) -> None:
     lines = json.loads(out.read_text())["rows"]
     kernels = {(line["kernel"], line["D"]) for line in lines}
     assert {(name, D) for name in ("forward", "dq", "decode") for D in (64, 128, 256)} < kernels
-    assert not promises(lines)
+    assert not broken(lines, version("triton"))
 
 
 @pytest.mark.triton
@@ -89,13 +95,13 @@ def test_an_interpreter_compiles_nothing_and_the_report_says_so(tmp_path: Path) 
     assert "TRITON_INTERPRET is set" in done.stderr
 
 
-@pytest.mark.parametrize("version", SUPPORTED)
-def test_the_committed_report_is_that_of_the_table(version: str) -> None:
-    path = RESULTS / f"compile-triton-{version}.json"
+@pytest.mark.parametrize("of", SUPPORTED)
+def test_the_committed_report_is_that_of_the_table(of: str) -> None:
+    path = RESULTS / f"compile-triton-{of}.json"
     found = json.loads(path.read_text())
-    assert found["machine"]["triton"] == version
+    assert found["machine"]["triton"] == of
     lines = found["rows"]
-    assert not promises(lines)
+    assert not broken(lines, of)
     plain = [line for line in lines if line["variant"] == "causal"]
     for line in plain:
         if line["kernel"] in ONLY_HELP:

@@ -21,11 +21,6 @@ CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _forget_compiled_graphs() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_opcheck(case: Case, implementation: str) -> None:

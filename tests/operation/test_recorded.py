@@ -68,7 +68,6 @@ def jit_traced(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    torch._dynamo.reset()
     return torch.compile(module, fullgraph=True, backend="aot_eager")
 
 
