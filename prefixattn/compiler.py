@@ -9,11 +9,15 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 PER_SET = "kernels.cpp"  # compiled for each instruction set, every other file once
@@ -194,26 +198,46 @@ def _ninja() -> str:
 def _run(command: list[str], limit: int, env: Mapping[str, str] | None = None) -> str:
     """What a command prints; `BuildError` with its last lines where it fails or hangs."""
     words = shlex.join(command)
+    process = None
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-            text=True,
-            errors="replace",
-        )
+        with _interrupts_later():  # else one within Popen would leave a process that nobody ends
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=env,
+                text=True,
+                errors="replace",
+            )
+        printed, _ = process.communicate(timeout=limit)
     except OSError as error:
         raise BuildError(f"{words}: {error}") from None
-    with process:
-        try:
-            printed, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise BuildError(f"{words}: not done after {limit} s") from None
-        finally:
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{words}: not done after {limit} s") from None
+    finally:
+        if process is not None:
             process.terminate()  # does nothing after its end; else ninja ends its compilers
+            with process:  # closes its pipe, and waits for it
+                pass
     if process.returncode:
         last = "\n".join(printed.strip().splitlines()[-20:])
         raise BuildError(f"{words} failed (exit status {process.returncode}):\n{last}")
     return printed
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Have a KeyboardInterrupt of the main thread wait until the end; other threads get none."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    interrupts: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *interrupt: interrupts.append(interrupt))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        before(*interrupts[0])

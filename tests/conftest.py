@@ -21,16 +21,11 @@ from prefixattn import build, cpu, quick
 # What other versions of transformers get wrong themselves, by a part of a test's name.
 PEFT_LOSES = "PEFT 0.21 loses its prefix: its `past_key_values` are `cache` in transformers 5.24"
 CHUNKS = "its chunked mask for a static cache is called with an argument that it does not take"
-GENERATOR = "the compiler meets a generator while the mask of packed documents is made"
 UPSTREAM: dict[str, dict[str, str]] = {
     "5.17": {
-        "test_generation[llama4_text": "Llama 4 cannot generate",
+        "test_generation[llama4_text": CHUNKS,
         "test_a_model_that_names_us_and_has_no_prefix[llama4-whole-static]": CHUNKS,
         "test_a_model_that_names_us_and_has_no_prefix[llama4-padded-static]": CHUNKS,
-        "test_places.py::test_compiled[llama-jump]": GENERATOR,
-        "test_places.py::test_packed_documents_compiled[llama]": GENERATOR,
-        "test_places.py::test_paligemma_counts_from_one": "forward and generate differ here; open",
-        "test_the_decoder_continues_a_text[umt5]": "UMT5's decoder sees what comes later",
     },
     "5.24": {
         "integrations/test_encoders.py::test_equals_peft": PEFT_LOSES,
@@ -40,10 +35,6 @@ UPSTREAM: dict[str, dict[str, str]] = {
         "checkpoints/test_peft.py::test_a_head_travels_with_the_adapter": PEFT_LOSES,
         "users/test_chat.py::test_pipeline_of_a_peft_model": PEFT_LOSES,
         "test_lora_added_later_is_saved_alone_and_says_so[added]": "add_adapter wants PEFT 0.22",
-        "test_places.py::test_compiled[llama-jump]": GENERATOR,
-        "test_places.py::test_packed_documents_compiled[llama]": GENERATOR,
-        "test_followed[gptj, sines in its layers]": "longer sines are refused in words; open",
-        "test_generation[codegen-3]": "its weights say one thing, with a prefix and without",
     },
 }
 
@@ -111,8 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
         for part, reason in upstream.items():
             if part in item.nodeid:
-                strict = reason != GENERATOR  # whether it does depends on what was compiled before
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=strict))
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from prefixattn.integrations.documents import tell_apart
 from prefixattn.integrations.entries import Entries, Rows
 from prefixattn.integrations.given import Caller, by_key, cache_in, checked_places, row_of
 from prefixattn.integrations.implementation import Naming
-from prefixattn.integrations.outline import DETACH, Hooks
+from prefixattn.integrations.outline import Hooks, refuse_changes
 from prefixattn.integrations.per_thread import PerThread
 from prefixattn.integrations.places import Places, argument_names
 from prefixattn.integrations.spread import AsAttached
@@ -99,7 +99,7 @@ class Boarding:
         self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._check_implementation(stack)
-        _refuse(stack, self.hooks.keep_up())
+        refuse_changes(stack, self.hooks.keep_up())
         kwargs = dict(zip(self.places.names, args, strict=False)) | kwargs
         _refuse_weights(stack, kwargs.get("output_attentions"))
         inputs = kwargs.get("input_ids")
@@ -160,7 +160,7 @@ class Boarding:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Before a model around the stack runs: what its caller says of padding and places."""
-        _refuse(model, self.hooks.keep_up_above())
+        refuse_changes(model, self.hooks.keep_up_above())
         if args:
             kwargs = dict(zip(argument_names(model), args, strict=False)) | kwargs
         # What an encoder-decoder is told of its decoder's text has names of its own.
@@ -325,11 +325,6 @@ class Boarding:
         if row is not None and (not counts or (dense and own)):
             return row
         return self.places.counted_places(kwargs, inputs, cached, caller, in_windows=True)
-
-
-def _refuse(model: PreTrainedModel, why: str | None) -> None:
-    if why is not None:
-        raise RuntimeError(f"{type(model).__name__} was changed under its prefix: {why}. {DETACH}")
 
 
 def _refuse_weights(stack: PreTrainedModel, asked: bool | None) -> None:

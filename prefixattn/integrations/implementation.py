@@ -22,6 +22,9 @@ INTERNAL = "_attn_implementation_internal"
 NAMING = "prefixattn_naming"
 """The attribute of a `View` that holds its `Naming`."""
 
+BY_LAYER = "per_layer_config"
+"""The property of a configuration that gives one for each layer."""
+
 HELD = {"config": "prefixattn_naming_of_config", CONFIG: "prefixattn_naming_of_our_config"}
 """The attributes of a module that hold a configuration, and where its `Naming` lies meanwhile."""
 
@@ -119,6 +122,33 @@ class View:
         return isinstance(other, PreTrainedConfig) and vars(self) == vars(other)
 
 
+class ByLayer(Sequence[Any]):
+    """The configurations of single layers, which name what that of the whole model names.
+
+    transformers makes one by a copy of the whole configuration, whenever a model asks for it.
+    """
+
+    def __init__(self, naming: Naming, each: Sequence[Any]) -> None:
+        self.naming = naming
+        self.each = each
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, layer: Any) -> Any:
+        found = self.each[layer]
+        return [self._seen(c) for c in found] if isinstance(layer, slice) else self._seen(found)
+
+    def _seen(self, config: Any) -> Any:
+        if self.naming.view is None:  # the model is detached
+            return config
+        if config is self.naming.config:  # all layers have the same
+            return self.naming.view
+        own = self.naming.of(config)
+        own.name = self.naming.name
+        return own.view
+
+
 def _plain(config: Any) -> Any:
     """The configuration itself: a model that was built from a view goes on having that."""
     return getattr(config, NAMING).config if isinstance(config, View) else config
@@ -152,6 +182,8 @@ def _view(naming: Naming) -> Any:
             INTERNAL: property(_read, _write),
         }
         body |= {name: property(partial(_inner, name), partial(_set, name)) for name in key[1]}
+        if isinstance(by_layer := getattr(old, BY_LAYER, None), property):
+            body[BY_LAYER] = property(_by_layer, by_layer.fset)
         _kinds[key] = _Kind(old.__name__, (View, old), body)
     view = object.__new__(_kinds[key])
     object.__setattr__(view, NAMING, naming)
@@ -172,6 +204,12 @@ def _inner(name: str, view: Any) -> Any:
     own = vars(view)[name]
     inner = naming.inner[name]
     return inner.view if naming.view is view and inner.config is own else own
+
+
+def _by_layer(view: Any) -> Any:
+    naming = getattr(view, NAMING)
+    each = getattr(naming.config, BY_LAYER)
+    return each if naming.view is not view else ByLayer(naming, each)
 
 
 def _set(name: str, view: Any, value: Any) -> None:

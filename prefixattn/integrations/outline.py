@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefixattn.integrations.places import Places, position_modules
+from prefixattn.integrations.places import Places, frequencies, position_modules, turning_table
 from prefixattn.integrations.survey import input_embeddings
 
 if TYPE_CHECKING:
@@ -24,12 +24,39 @@ if TYPE_CHECKING:
 DETACH = "detach(), and attach a prefix that is made for the model as it is now"
 
 
+def refuse_changes(model: PreTrainedModel, why: str | None) -> None:
+    """Raise if there is a reason why a prefix cannot go on in ``model``.
+
+    Where Dynamo meets an exception as it traces, the functions on its way run uncompiled from then
+    on, in every model. After a graph break it is met where nothing is traced.
+    """
+    if why is None:
+        return
+    message = f"{type(model).__name__} was changed under its prefix: {why}. {DETACH}"
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=message)
+    raise RuntimeError(message)
+
+
 class Link(NamedTuple):
     """``child`` is what ``parent`` has under ``key``."""
 
     parent: nn.Module
     key: str
     child: nn.Module
+
+
+class Sines(NamedTuple):
+    """The table that ``owner`` turns keys by, and by which frequencies."""
+
+    owner: nn.Module
+    table: Tensor
+    frequencies: dict[str, Tensor]
+
+    def holds(self) -> bool:
+        """Whether the table is the same. accelerate makes a meta tensor anew for each forward."""
+        now = turning_table(self.owner)
+        return now is self.table or (now is not None and now.is_meta and self.table.is_meta)
 
 
 class Outline:
@@ -148,6 +175,11 @@ class Hooks:
                 others.append(embeddings)
         self.within.look(others)
         self.sizes = _sizes(self.stack, others)
+        self.sines = [
+            Sines(owner, sines, frequencies(owner))
+            for owner in self.stack.modules()
+            if (sines := turning_table(owner)) is not None
+        ]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -160,10 +192,11 @@ class Hooks:
         num_layers = _num_layers(self.stack)
         if num_layers != self.num_layers:
             return f"its configuration names {num_layers} layers, and named {self.num_layers}"
-        sizes_hold = all(_rows(owner, name) == size for owner, name, size in self.sizes)
-        if sizes_hold and self.within.holds():
+        tables_hold = all(_rows(owner, name) == size for owner, name, size in self.sizes)
+        tables_hold = tables_hold and all(sines.holds() for sines in self.sines)
+        if tables_hold and self.within.holds():
             return None
-        lost = self.within.lost() or _turned_otherwise(self.within)
+        lost = self.within.lost() or _turned_otherwise(self.within) or _other_sines(self.sines)
         if lost is not None:
             return lost
         places = Places(self.stack, self.boarding.places.causal)
@@ -195,9 +228,8 @@ def _sizes(stack: nn.Module, others: Iterable[nn.Module]) -> list[tuple[Any, str
     """
     found: list[Any] = [(m, "weight") for m in others if isinstance(m, nn.Embedding)]
     for module in stack.modules():
-        for name in ("embed_positions", "pos_encoding"):  # GPT-J's, and XLM-like sines
-            if isinstance(getattr(module, name, None), Tensor):
-                found.append((module, name))
+        if isinstance(getattr(module, "pos_encoding", None), Tensor):  # XLM-like sines
+            found.append((module, "pos_encoding"))
     return [(owner, name, _rows(owner, name)) for owner, name in found]
 
 
@@ -209,13 +241,10 @@ def _rows(owner: nn.Module, name: str) -> int:
 def _turned_otherwise(outline: Outline) -> str | None:
     """Whether a module that turns queries and keys gave way to one of other frequencies."""
     for old, new in outline.replaced():
-        frequencies = _frequencies(old)
-        if not frequencies:
+        before = frequencies(old)
+        if not before:
             continue
-        others = {} if new is None else _frequencies(new)
-        same = frequencies.keys() == others.keys() and all(
-            torch.equal(frequencies[name], others[name]) for name in frequencies
-        )
+        same = new is not None and _same(before, frequencies(new))
         if not same or getattr(old, "attention_scaling", 1) != getattr(new, "attention_scaling", 1):
             return (
                 f"its {type(old).__name__} was replaced by one of other frequencies than the "
@@ -224,6 +253,21 @@ def _turned_otherwise(outline: Outline) -> str | None:
     return None
 
 
-def _frequencies(module: nn.Module) -> dict[str, Tensor]:
-    found = module.named_buffers(recurse=False)
-    return {name: x.detach().cpu() for name, x in found if name.endswith("inv_freq")}
+def _other_sines(tables: Sequence[Sines]) -> str | None:
+    """Whether a table that keys are turned by gave way to one of other frequencies."""
+    for sines in tables:
+        now = frequencies(sines.owner)
+        if not sines.holds() and sines.frequencies and now and not _same(sines.frequencies, now):
+            return (
+                f"the sines of its {type(sines.owner).__name__} were replaced by those of other "
+                "frequencies than the prefix's keys were turned by"
+            )
+    return None
+
+
+def _same(before: dict[str, Tensor], now: dict[str, Tensor]) -> bool:
+    """Whether these are the same frequencies; they may have been in half precision in between."""
+    return before.keys() == now.keys() and all(
+        one.shape == now[name].shape and torch.allclose(one, now[name], rtol=2**-7, atol=1e-7)
+        for name, one in before.items()
+    )

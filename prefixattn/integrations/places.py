@@ -345,11 +345,24 @@ def position_modules(stack: PreTrainedModel) -> list[nn.Module]:
     found = [module for name, module in own if _embeds_positions(name)]
     numbering = _numbering(stack)
     found += [] if numbering is None else [numbering.embeddings]
-    return found + [m for _, m in own if any(map(_turns, dict(m.named_buffers(recurse=False))))]
+    return found + [m for _, m in own if _turning(m)]
 
 
 def _turns(buffer: str) -> bool:
     return buffer.endswith("inv_freq")
+
+
+def _turning(module: nn.Module) -> dict[str, Tensor]:
+    """What the module turns keys by, by attribute: frequencies ``[T]``, or a table's place 1."""
+    found = {name: x for name, x in module.named_buffers(recurse=False) if _turns(name)}
+    table = turning_table(module)
+    return found if table is None else found | {"embed_positions": table[1:2]}
+
+
+def frequencies(module: nn.Module) -> dict[str, Tensor]:
+    """The same in float64, without what accelerate keeps elsewhere between forwards."""
+    found = _turning(module).items()
+    return {name: x.detach().to("cpu", torch.float64) for name, x in found if not x.is_meta}
 
 
 def known_positions(model: nn.Module, tokens: nn.Module | None) -> int | None:
@@ -385,8 +398,17 @@ def _turning_size(stack: PreTrainedModel) -> int | None:
 
 def turning_tables(model: nn.Module) -> list[Tensor]:
     """``[positions, 2 T]`` each: the sines and the cosines that modules turn keys by (GPT-J's)."""
-    found = [getattr(module, "embed_positions", None) for module in model.modules()]
-    return [table for table in found if isinstance(table, Tensor) and table.ndim == 2]
+    return [table for module in model.modules() if (table := turning_table(module)) is not None]
+
+
+def turning_table(module: nn.Module) -> Tensor | None:
+    """The module's own table of that kind, if it has one.
+
+    GPT-J's and CodeGen's attentions have one each, and from transformers 5.24 on their rotary
+    embedding has the only one.
+    """
+    table = getattr(module, "embed_positions", None)
+    return table if isinstance(table, Tensor) and table.ndim == 2 else None
 
 
 def _tables(stack: PreTrainedModel) -> list[nn.Module]:

@@ -244,6 +244,25 @@ def test_the_configuration_is_seen_as_it_is_but_for_the_name(attach: Any) -> Non
     assert all("naming" not in key for m in model.modules() for key in vars(m))
 
 
+@pytest.mark.parametrize("differ", [True, False], ids=["layers differ", "layers alike"])
+def test_configurations_of_single_layers_name_it_too(differ: bool, attach: Any) -> None:
+    """transformers makes them by copies, within the forward of a model: masks are made by them."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    if differ:
+        model.config.per_layer_config = {1: {"rms_norm_eps": 1e-3}}
+    handle = attach(model, Prefix.random(model, 3))
+    seen = model.config.per_layer_config
+    assert len(seen) == 2
+    for config in (*seen, seen[-1], *seen[:]):
+        assert isinstance(config, transformers.LlamaConfig)
+        assert config._attn_implementation == NAME
+    assert seen[0] is model.config or differ
+    plain = copy.deepcopy(model.config)
+    assert [config._attn_implementation for config in plain.per_layer_config] == ["sdpa"] * 2
+    handle.detach()
+    assert [config._attn_implementation for config in seen] == ["sdpa"] * 2
+
+
 def test_auto_classes_know_it(attach: Any) -> None:
     class OwnConfig(transformers.LlamaConfig):
         model_type = "prefixattn-own-llama"

@@ -74,6 +74,23 @@ def test_a_cache_filled_in_pieces(causal: Any, attach: Any) -> None:
     assert cache.get_seq_length() == causal.input_ids.shape[1]  # the prefix is not in it
 
 
+def answered_otherwise(causal: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """An input that the model answers otherwise behind the text, and the answer there.
+
+    Weights that are drawn by chance may lead to one answer for both; which do depends on the order
+    in which a version of transformers draws them.
+    """
+    for _ in range(20):
+        ids = torch.randint(2, 90, causal.input_ids.shape)
+        joined = torch.cat([causal.text.expand(len(ids), -1), ids], dim=1)
+        expected, without = (
+            causal.model.generate(x, **arguments)[:, x.shape[1] :] for x in (joined, ids)
+        )
+        if not torch.equal(expected, without):
+            return ids, expected
+    raise AssertionError("the model says the same behind the text to every input")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation(causal: Any, attach: Any, beams: int) -> None:
@@ -83,10 +100,7 @@ def test_generation(causal: Any, attach: Any, beams: int) -> None:
         "num_beams": beams,
         "eos_token_id": None,
     }
-    joined, ids = causal.joined(), causal.input_ids
-    expected = causal.model.generate(joined, **arguments)[:, joined.shape[1] :]
-    without = causal.model.generate(ids, **arguments)[:, ids.shape[1] :]
-    assert not torch.equal(expected, without)
+    ids, expected = answered_otherwise(causal, arguments)
 
     attach(causal.model, causal.prefix())
     padded_ids, mask = padded(ids, "left")

@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import prefixattn
 from prefixattn import EncoderDecoderPrefix, Prefix
 
+SINES, SINED = "embed_positions", ("gptj", "codegen")
 SIZES = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 96}
 HEADS = SIZES | {
     "hidden_size": 32,
@@ -39,6 +41,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**HEADS, intermediate_size=48, num_key_value_heads=2),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "gptj": lambda: transformers.GPTJConfig(**GPT2, rotary_dim=4),
+    "codegen": lambda: transformers.CodeGenConfig(**GPT2, rotary_dim=4),
     "opt": lambda: transformers.OPTConfig(**HEADS, ffn_dim=48, word_embed_proj_dim=32),
     "stablelm": lambda: transformers.StableLmConfig(  # its layers relay the prefix
         **HEADS, intermediate_size=48, num_key_value_heads=2
@@ -142,11 +145,28 @@ def _roberta_table(model: Any) -> None:
     embeddings.register_buffer("token_type_ids", torch.zeros(1, 128, dtype=torch.long))
 
 
-def _gptj_sines(model: Any) -> None:
-    from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
+def _turning(model: Any) -> list[nn.Module]:
+    """The modules with sines: the attentions, and from transformers 5.24 on a rotary embedding."""
+    found = [m for m in model.modules() if isinstance(vars(m)["_buffers"].get(SINES), Tensor)]
+    assert found
+    return found
 
-    for block in model.transformer.h:
-        block.attn.embed_positions = create_sinusoidal_positions(128, 4)
+
+def _sines(model: Any, places: int = 128, slower: float = 1.0) -> Tensor:
+    """``[places, 4]``, as GPT-J and CodeGen make them, or of other frequencies."""
+    frequency = 1e4 ** -(torch.arange(0, 4, 2) / 4) / slower
+    turned = torch.arange(places)[:, None] * frequency
+    return torch.cat([turned.sin(), turned.cos()], 1).to(getattr(_turning(model)[0], SINES).dtype)
+
+
+def _longer_sines(model: Any) -> None:
+    for module in _turning(model):
+        setattr(module, SINES, _sines(model))
+
+
+def _slower_sines(model: Any) -> None:
+    for module in _turning(model):
+        setattr(module, SINES, _sines(model, slower=4.0))
 
 
 def _tokens(model: Any) -> None:
@@ -201,7 +221,8 @@ FOLLOWED: dict[str, tuple[str, Callable[[Any], None], int]] = {
     "gpt2, a table by assignment": ("gpt2", _gpt2_table, 80),
     "opt, a table by assignment": ("opt", _opt_table, 80),
     "roberta, a table by assignment": ("roberta", _roberta_table, 80),
-    "gptj, sines in its layers": ("gptj", _gptj_sines, 80),
+    "gptj, longer sines": ("gptj", _longer_sines, 80),
+    "codegen, longer sines": ("codegen", _longer_sines, 80),
     "llama, resize_token_embeddings": ("llama", _tokens, 9),
     "bart, resize_token_embeddings": ("bart", _tokens, 9),
     "t5, resize_token_embeddings": ("t5", _tokens, 9),
@@ -246,6 +267,40 @@ def test_a_shorter_table_is_followed_too(name: str, attach: Any) -> None:
     says(model, 9)
     with pytest.raises(ValueError, match="knows positions up to"):
         says(model, 17)
+
+
+@pytest.mark.parametrize("name", SINED)
+def test_sines_that_were_in_half_precision_are_no_others(name: str, attach: Any) -> None:
+    model = build(name)
+    attach(model, prefix_of(model))
+    before = says(model)
+    for module in _turning(model):
+        table = getattr(module, SINES)
+        setattr(module, SINES, table.bfloat16().to(table.dtype))
+    assert 0 < (says(model) - before).abs().max() < 0.01 * before.abs().max()
+
+
+@pytest.mark.parametrize("name", SINED)
+def test_another_module_with_the_sines(name: str, attach: Any) -> None:
+    model = build(name)
+    owner, *more = _turning(model)
+    if more:
+        pytest.skip("before transformers 5.24 the sines are in the attentions, which must stay")
+    attach(model, prefix_of(model))
+    before = says(model)
+    parent, _, key = _path(model, owner).rpartition(".")
+
+    def put(sines: Tensor) -> None:
+        made = copy.deepcopy(owner)
+        setattr(made, SINES, sines)
+        setattr(model.get_submodule(parent), key, made)
+
+    put(_sines(model))
+    torch.testing.assert_close(says(model), before)
+    says(model, 80)
+    put(_sines(model, slower=4.0))
+    with pytest.raises(RuntimeError, match="was replaced by one of other frequencies"):
+        says(model)
 
 
 def test_another_table_of_relative_biases(attach: Any) -> None:
@@ -377,6 +432,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str, tuple[str, ...]]] = {
     "fewer layers named": (_name_fewer, r"names 2 layers, and named 3", ("llama", "gpt2")),
     "another stack": (_other_stack, r"is not the module that it was", ("llama", "gpt2", "bart")),
     "another rotary embedding": (_other_rotary, r"other frequencies", ("llama",)),
+    "other sines": (_slower_sines, r"sines of its \w+ were replaced .* other freq", SINED),
     "no table of positions": (_no_positions, r"positions cannot be moved", ("bart",)),
 }
 REFUSED = [(case, name) for case, (_, _, names) in CHANGES.items() for name in names]
@@ -450,14 +506,28 @@ def test_compiled_and_followed(attach: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_replace_attention, _swap_layers])
+@torch.no_grad()
 def test_compiled_and_refused(change: Callable[[Any], None], attach: Any) -> None:
-    """A graph is made anew for a model that was changed, and the change is looked at then."""
-    model = build("llama")
-    attach(model, prefix_of(model))
+    """A graph is made anew for a model that was changed, and the change is looked at then.
+
+    What is done as the refusal says is one graph again. An exception that Dynamo traces would leave
+    the functions on its way uncompiled, in this model and in others of its class.
+    """
+    model, other = build("llama"), build("llama")
+    handle = attach(model, prefix_of(model))
     compiled: Any = torch.compile(model, backend="eager")
     before = says(model)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs_of(model)).logits, before)
-        change(model)
-        with pytest.raises(RuntimeError, match="changed under its prefix"):
-            compiled(**inputs_of(model))
+    torch.testing.assert_close(compiled(**inputs_of(model)).logits, before)
+    change(model)
+    with pytest.raises(RuntimeError, match="changed under its prefix"):
+        compiled(**inputs_of(model))
+    whole: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="changed under its prefix"):
+        whole(**inputs_of(model))
+    handle.detach()
+    for attached in (model, other):
+        attach(attached, prefix_of(attached))
+        counter = CompileCounter()
+        whole = torch.compile(attached, backend=counter, fullgraph=True)
+        torch.testing.assert_close(whole(**inputs_of(attached)).logits, says(attached))
+        assert counter.frame_count == 1

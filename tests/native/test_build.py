@@ -13,11 +13,12 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from patience import PATIENCE, until
 
-from prefixattn import build
+from prefixattn import build, compiler
 
 REAL = shutil.which("c++") or shutil.which("g++")
 pytestmark = pytest.mark.skipif(REAL is None, reason="needs a C++ compiler, and there is none here")
@@ -281,6 +282,22 @@ def test_an_interrupt_ends_the_compilers_and_leaves_nothing(sandbox: Sandbox) ->
     compilers = [line.split()[0] for line in sandbox.log.read_text().splitlines()]
     until(lambda: not any(Path("/proc", process).exists() for process in compilers))
     assert list(sandbox.cache.glob("*cpu-*")) == []
+
+
+def test_an_interrupt_while_a_compiler_is_started_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may start a program long before it tells who asked for it."""
+    started: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiler._run(["sleep", "1000000"], limit=PATIENCE)
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 def test_a_damaged_library_is_built_again(sandbox: Sandbox) -> None:

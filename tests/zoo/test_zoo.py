@@ -17,6 +17,7 @@ from .cells import cell, examine, situations_of, specimen_of
 from .families import Family
 from .specimen import Specimen
 
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "neomme")
 DOCS = Path(__file__).parents[2] / "docs"
 CAUSAL = (
     "gpt2 opt gpt_neox gpt_bigcode llama mistral mixtral qwen2 qwen3 qwen3_moe gemma gemma2 "
@@ -25,7 +26,7 @@ CAUSAL = (
 ).split()
 PROMISED = [
     *(Family(name, "causal") for name in CAUSAL),
-    *(Family(name, "encoder") for name in ("bert", "roberta", "distilbert", "modernbert")),
+    *(Family(name, "encoder") for name in ENCODERS),
     *(Family(name, "encoder-decoder") for name in ("bart", "t5")),
     Family("qwen2_5_vl", "multimodal"),
 ]
