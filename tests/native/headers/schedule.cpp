@@ -4,11 +4,14 @@
 
 #include "check.h"
 #include "rows.h"
+#include "tuning.h"
 
 using namespace prefixattn;
 
 namespace {
 
+using PREFIXATTN_ISA::kBlock;
+using PREFIXATTN_ISA::kTile;
 using PREFIXATTN_ISA::row_of;
 
 // A call with some entries of a bank, or with segments.
