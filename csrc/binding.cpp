@@ -42,17 +42,21 @@ bool has_avx512() {
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Whether the processor has tiles, the system saves their 8 KiB for each thread, and this process
-// may use them, for which Linux from 5.16 on wants to be asked. A sandbox, or an older system,
-// refuses: then another set is taken.
+// Whether the processor has AMX's tiles, and products of bfloat16 in them.
+bool has_tiles() {
+  constexpr unsigned kTilesAndBfloat16 = 1u << 24 | 1u << 22;  // cpuid 7.0, EDX
+  unsigned a, b, c, d;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+         (d & kTilesAndBfloat16) == kTilesAndBfloat16;
+}
+
+// Whether this process may use them: the system has to save their 8 KiB for each thread, and Linux,
+// from 5.16 on, wants to be asked. A sandbox, or an older system, refuses.
 bool may_use_tiles() {
 #if defined(__linux__)
-  constexpr unsigned kTilesAndBfloat16 = 1u << 24 | 1u << 22;  // cpuid 7.0, EDX
-  constexpr unsigned kStateOfTiles = 1u << 17 | 1u << 18;      // XCR0
-  constexpr int kAskForState = 0x1023, kDataOfTiles = 18;      // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  unsigned a, b, c, d;
-  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & kTilesAndBfloat16) != kTilesAndBfloat16) return false;
+  constexpr unsigned kStateOfTiles = 1u << 17 | 1u << 18;  // XCR0
+  constexpr int kAskForState = 0x1023, kDataOfTiles = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  if (!has_tiles()) return false;
   unsigned low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & kStateOfTiles) != kStateOfTiles) return false;
@@ -137,6 +141,15 @@ PREFIXATTN_API int prefixattn_arguments_size() { return int(sizeof(Arguments)); 
 
 // The instruction set in use.
 PREFIXATTN_API const char* prefixattn_instructions() { return chosen_set.load()->name; }
+
+// Whether the processor has AMX and this process is not allowed to use it.
+PREFIXATTN_API int prefixattn_tiles_refused() {
+#if defined(__x86_64__)
+  return has_tiles() && !may_use_tiles();
+#else
+  return 0;
+#endif
+}
 
 // Takes another instruction set. Returns 0; 1 if this processor lacks it, 2 if there is none such.
 PREFIXATTN_API int prefixattn_use_instructions(const char* name) {

@@ -20,49 +20,52 @@ inline uint32_t random_word(uint64_t seed, uint32_t column, uint32_t query, uint
   return c0;
 }
 
-// The high and the low words of 32 x 32 bit products.
-struct Words {
-  Vector<uint32_t> high, low;
-};
-
-inline Words multiplied(Vector<uint32_t> words, uint32_t by) {
-#if defined(__AVX512BW__)
-  // One instruction multiplies the words at even places; those at odd ones are moved there.
-  const __m512i even = _mm512_mul_epu32((__m512i)words, _mm512_set1_epi32(int(by)));
-  const __m512i odd =
-      _mm512_mul_epu32(_mm512_srli_epi64((__m512i)words, 32), _mm512_set1_epi32(int(by)));
-  constexpr __mmask16 kOdd = 0xAAAA;
-  return {(Vector<uint32_t>)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), kOdd, odd),
-          (Vector<uint32_t>)_mm512_mask_mov_epi32(even, kOdd, _mm512_slli_epi64(odd, 32))};
+// 32 x 32 bit products of the low words of vectors. What lies in the high words does not matter.
+inline Vector<uint64_t> low_products(Vector<uint64_t> words, uint32_t by) {
+#if defined(__AVX512F__)
+  return (Vector<uint64_t>)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi64(by));
 #elif defined(__AVX2__)
-  const __m256i even = _mm256_mul_epu32((__m256i)words, _mm256_set1_epi32(int(by)));
-  const __m256i odd =
-      _mm256_mul_epu32(_mm256_srli_epi64((__m256i)words, 32), _mm256_set1_epi32(int(by)));
-  constexpr int kOdd = 0xAA;
-  return {(Vector<uint32_t>)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, kOdd),
-          (Vector<uint32_t>)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), kOdd)};
+  return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi64x(by));
 #else
-  Words words_of{};
-  for (int i = 0; i < kLanes<uint32_t>; ++i) {
-    const uint64_t product = uint64_t(words[i]) * by;
-    words_of.high[i] = uint32_t(product >> 32), words_of.low[i] = uint32_t(product);
-  }
-  return words_of;
+  return (words & 0xffffffffu) * by;
 #endif
 }
 
-// `random_word` of a vector of counters.
-inline Vector<uint32_t> random_words(uint64_t seed, Vector<uint32_t> column, Vector<uint32_t> query,
-                                     Vector<uint32_t> head, Vector<uint32_t> row) {
-  Vector<uint32_t> c0 = column, c1 = query, c2 = head, c3 = row;
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Words a = multiplied(c0, 0xD2511F53u), b = multiplied(c2, 0xCD9E8D57u);
-    c0 = b.high ^ c1 ^ k0, c1 = b.low;
-    c2 = a.high ^ c3 ^ k1, c3 = a.low;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+// What is the same in all words of a seed: the keys of each round.
+struct RoundKeys {
+  uint64_t first[10], second[10];
+
+  explicit RoundKeys(uint64_t seed) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      first[round] = k0, second[round] = k1;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
   }
-  return c0;
-}
+};
+
+// `random_word` of a vector's lanes of float, whose counters lie in the low words of two vectors,
+// of which each round multiplies some. They are kept apart so that nothing has to be moved there.
+struct Counters {
+  static constexpr int kWords = kLanes<uint32_t>;
+  Vector<uint64_t> query[2], head[2], row[2];
+
+  void words(uint32_t* to, const RoundKeys& keys, uint32_t column) const {
+    for (int half = 0; half < 2; ++half) {
+      Vector<uint64_t> c0 = broadcast(uint64_t(column)), c1 = query[half], c2 = head[half],
+                       c3 = row[half];
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; ++round) {
+        const Vector<uint64_t> a = low_products(c0, 0xD2511F53u);
+        const Vector<uint64_t> b = low_products(c2, 0xCD9E8D57u);
+        c0 = b >> 32 ^ c1 ^ keys.first[round], c1 = b;
+        c2 = a >> 32 ^ c3 ^ keys.second[round], c3 = a;
+      }
+      typedef uint32_t Low __attribute__((vector_size(kVectorBytes / 2)));
+      const Low low = __builtin_convertvector(c0, Low);
+      std::memcpy(to + half * kLanes<uint64_t>, &low, sizeof low);
+    }
+  }
+};
 
 }  // namespace prefixattn::PREFIXATTN_ISA

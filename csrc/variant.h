@@ -78,25 +78,28 @@ struct Variant {
   // Dropout: the numbers that stay are divided by what stays on average, the others are 0.
   template <class Sum>
   void drop(Sum* tile, const Lane* lanes, int64_t count, int64_t first, int64_t keys) const {
-    constexpr int width = kLanes<uint32_t>;
+    constexpr int width = Counters::kWords;
+    // A word under the threshold drops; which may be one more than the last word there is.
     const uint64_t threshold = uint64_t(std::nearbyint(arguments.dropout * 0x1p32));
+    const bool all = threshold == 0;
+    const uint32_t last = uint32_t(threshold - 1);
     const Sum kept = Sum(1 / (1 - arguments.dropout));
-    const uint64_t seed = uint64_t(arguments.dropout_seed[0]);
+    const RoundKeys round_keys(uint64_t(arguments.dropout_seed[0]));
     for (int64_t start = 0; start < count; start += width) {
-      const int64_t used = count - start < width ? count - start : width;
-      Vector<uint32_t> queries{}, heads{}, rows{};
-      for (int64_t i = 0; i < used; ++i) {
+      Counters counters{};
+      for (int64_t i = 0; i < width && start + i < count; ++i) {
         const Lane& at = lanes[start + i];
+        const int64_t half = i / kLanes<uint64_t>, place = i % kLanes<uint64_t>;
         // A packed segment is a row of its own here.
-        rows[i] = uint32_t(at.row.number + arguments.dropout_seed[1]);
-        queries[i] = uint32_t(at.query), heads[i] = uint32_t(at.head);
+        counters.row[half][place] = uint32_t(at.row.number + arguments.dropout_seed[1]);
+        counters.query[half][place] = uint32_t(at.query);
+        counters.head[half][place] = uint32_t(at.head);
       }
       for (int64_t key = 0; key < keys; ++key) {
-        const auto columns = broadcast(uint32_t(column(first + key)));
         uint32_t words[width];
-        store(words, random_words(seed, columns, queries, heads, rows));
+        counters.words(words, round_keys, uint32_t(column(first + key)));
         Sum* const at = tile + key * kBlock + start;
-        for (int i = 0; i < width; ++i) at[i] *= words[i] >= threshold ? kept : Sum(0);
+        for (int i = 0; !all && i < width; ++i) at[i] *= words[i] > last ? kept : Sum(0);
       }
     }
   }

@@ -48,9 +48,10 @@ def info() -> None:
     machine.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
     machine.add_row("instructions", torch.backends.cpu.get_cpu_capability())
     machine.add_row("C++ kernels", build.state())
+    chosen = choose("auto")
+    machine.add_row("their instruction set", _instruction_set())
     machine.add_row("gpu", _gpu())
     console.print(machine)
-    chosen = choose("auto")
     table = Table(
         "implementation", "runs here", "why", title="Implementations", title_justify="left"
     )
@@ -182,6 +183,16 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _instruction_set() -> str:
+    """What the C++ kernels compute with here."""
+    if build.obstacle() is not None:
+        return "none"
+    from prefixattn import cpu
+
+    refused = "; the processor has AMX, which the system does not let this process use"
+    return cpu.instructions() + (refused if cpu.tiles_refused() else "")
 
 
 def _gpu() -> str:

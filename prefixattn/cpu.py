@@ -322,3 +322,8 @@ def instructions() -> str:
     """The instruction set in use: plain, avx2, avx512, avx512bf16 or amx."""
     found: bytes = library().prefixattn_instructions()
     return found.decode()
+
+
+def tiles_refused() -> bool:
+    """Whether the processor has AMX and the system does not let this process use it."""
+    return bool(library().prefixattn_tiles_refused())

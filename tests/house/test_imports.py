@@ -102,7 +102,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
     ),
     "cli": (
         "torch typer rich bench.* build choose layers vllm",
-        "demo.* checkpoints.* transformers vllm.folder",
+        "cpu demo.* checkpoints.* transformers vllm.folder",
     ),
     "__main__": ("cli", ""),
     "integrations": ("", "integrations.*"),

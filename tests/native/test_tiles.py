@@ -1,4 +1,4 @@
-"""The C++ kernels that multiply by tiles: AMX's where there are any, and emulated ones everywhere."""
+"""The C++ kernels by tiles: AMX's where there are any, and emulated ones everywhere."""
 
 from collections.abc import Callable
 

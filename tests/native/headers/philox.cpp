@@ -11,13 +11,21 @@ void check_vectors() {
   check::Random random(1);
   for (int i = 0; i < 100; ++i) {
     const uint64_t seed = random.bits();
-    Vector<uint32_t> counter[4];
-    for (auto& words : counter)
-      for (int lane = 0; lane < kLanes<uint32_t>; ++lane) words[lane] = uint32_t(random.bits());
-    const auto words = random_words(seed, counter[0], counter[1], counter[2], counter[3]);
-    for (int lane = 0; lane < kLanes<uint32_t>; ++lane)
-      CHECK(words[lane] == random_word(seed, counter[0][lane], counter[1][lane], counter[2][lane],
-                                       counter[3][lane]));
+    const uint32_t column = uint32_t(random.bits());
+    Counters counters;
+    for (auto* words : {counters.query, counters.head, counters.row})
+      for (int half = 0; half < 2; ++half)
+        for (int lane = 0; lane < kLanes<uint64_t>; ++lane)
+          words[half][lane] = uint32_t(random.bits());
+    uint32_t words[Counters::kWords];
+    counters.words(words, RoundKeys(seed), column);
+    for (int lane = 0; lane < Counters::kWords; ++lane) {
+      const auto number = [&](const Vector<uint64_t>* of) {
+        return uint32_t(of[lane / kLanes<uint64_t>][lane % kLanes<uint64_t>]);
+      };
+      CHECK(words[lane] == random_word(seed, column, number(counters.query), number(counters.head),
+                                       number(counters.row)));
+    }
   }
 }
 
