@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -75,6 +76,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell has what it runs in the background ignore Ctrl-C, and so would all that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if library := config.getoption("cpu_library"):
         build.SHIPPED = library.absolute()
 
