@@ -21,7 +21,7 @@ class ByRows {
     head_dim_ = a.head_dim, value_dim_ = a.value_dim;
     depth_ = depth_of<Unit>(head_dim_), value_width_ = round_up(value_dim_, kLanes<Sum>);
     arena.plan(&query_, kFewQueries<T> * depth_);
-    arena.plan(&keys_, depth_ * kTile);
+    arena.plan(&keys_, depth_ * kAtOnce);
     arena.plan(&scores_, kFewQueries<T> * kTile);
     arena.plan(&sums_, kFewQueries<T> * value_width_);
     arena.plan(&widened_, kTile * value_width_);
@@ -35,11 +35,16 @@ class ByRows {
     clear(block.count);
   }
 
-  // Products [key][kBlock] of some keys and the block's queries.
+  // Products [key][kBlock] of some keys and the block's queries. The keys are transposed some at a
+  // time, so that what was written is still in the first cache when it is multiplied.
   void score(const Block<T>& block, const T* keys, int64_t stride, int64_t count, Sum* tile) {
-    pack_lanes(keys_, kTile, [&](int64_t key) { return keys + key * stride; }, count, head_dim_);
-    dot_products<T>(scores_, kTile, Left<Unit>{query_, depth_, 1}, keys_, kTile, block.count,
-                    ceil_div(count, kLanes<Sum>), depth_);
+    for (int64_t first = 0; first < count; first += kAtOnce) {
+      const int64_t some = count - first < kAtOnce ? count - first : kAtOnce;
+      const T* from = keys + first * stride;
+      pack_lanes(keys_, kAtOnce, [&](int64_t key) { return from + key * stride; }, some, head_dim_);
+      dot_products<T>(scores_ + first, kTile, Left<Unit>{query_, depth_, 1}, keys_, kAtOnce,
+                      block.count, ceil_div(some, kLanes<Sum>), depth_);
+    }
     pack_lanes(
         tile, kBlock, [&](int64_t query) { return scores_ + query * kTile; }, block.count, count);
   }
@@ -83,6 +88,8 @@ class ByRows {
   }
 
  private:
+  static constexpr int64_t kAtOnce = 2 * kLanes<Sum>;
+
   struct Wide {
     const Sum* rows;
     int64_t stride;
@@ -101,7 +108,7 @@ class ByRows {
   void clear(int64_t count) { std::memset(sums_, 0, size_t(count * value_width_) * sizeof(Sum)); }
 
   int64_t head_dim_, value_dim_, depth_, value_width_;
-  Unit *query_, *keys_;             // [query][depth] and, of one tile, [depth][kTile]
+  Unit *query_, *keys_;             // [query][depth] and, of some keys, [depth][kAtOnce]
   Sum *scores_, *sums_, *widened_;  // [query][kTile], [query][value_width], [kTile][value_width]
 };
 

@@ -32,6 +32,18 @@ inline Vector<float> scaled_exp(Vector<float> x) {
   return series * bits_as<Vector<float>>(exponent << 23);
 }
 
+#if defined(__AVX512F__)
+// 2^x; under 3.4e-6 of it; exactly 1 and 2 at 0 and 1. x = n + r with a whole n below it; the
+// polynomial in r is a minimax fit of degree 4 with both ends fixed. `vreduceps` takes n away
+// without a limit to x, and `vscalefps` multiplies by 2^n, to 0 and infinity where that is so.
+inline Vector<float> exp2(Vector<float> x) {
+  const Vector<float> r = (Vector<float>)_mm512_reduce_ps((__m512)x, 9);
+  const Vector<float> series =
+      polynomial(r, 0x1.bc3424p-7f, 0x1.aa3f0ep-5f, 0x1.ee587ep-3f, 0x1.62d51ep-1f, 1.0f);
+  return (Vector<float>)_mm512_scalef_ps((__m512)series, (__m512)x);
+}
+#endif
+
 template <int power>
 inline Vector<double> scaled_exp(Vector<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::ldexp(std::exp(x[lane]), power);
@@ -40,6 +52,21 @@ inline Vector<double> scaled_exp(Vector<double> x) {
 
 inline Vector<float> exp(Vector<float> x) { return scaled_exp<0>(x); }
 inline Vector<double> exp(Vector<double> x) { return scaled_exp<0>(x); }
+
+// e^x times 2^power as what is stored as T wants it. Weights that are rounded to 16 bits, by some
+// 2^-9 or 2^-12, need not be exact to the last place: with AVX-512 half the instructions do.
+template <class T, int power>
+inline Vector<float> exp_for(Vector<float> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    return exp2(fused(x, broadcast(0x1.715476p0f), broadcast(float(power))));
+#endif
+  return scaled_exp<power>(x);
+}
+template <class T, int power>
+inline Vector<double> exp_for(Vector<double> x) {
+  return scaled_exp<power>(x);
+}
 
 // tanh x, under 1.5 units in the last place: a minimax polynomial near 0, 1 - 2 / (e^2x + 1)
 // beyond.
@@ -57,6 +84,26 @@ inline Vector<float> tanh(Vector<float> x) {
 inline Vector<double> tanh(Vector<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = std::tanh(x[lane]);
   return x;
+}
+
+// tanh x as what is stored as T wants it: for 16 bits within 2e-6, so that a score under a soft cap
+// errs by less than the products of such numbers do.
+template <class T>
+inline Vector<float> tanh_for(Vector<float> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    const Vector<float> more = exp2(x * 0x1.715476p1f) + 1.0f;  // infinity for a large x
+    const Vector<float> near = (Vector<float>)_mm512_rcp14_ps((__m512)more);
+    // One step of Newton's for the inverse, which would make 0 times infinity of a whole 0.
+    const Vector<float> inverse = near * fused(-more, near, broadcast(2.0f));
+    return fused(near == 0.0f ? near : inverse, broadcast(-2.0f), broadcast(1.0f));
+  }
+#endif
+  return tanh(x);
+}
+template <class T>
+inline Vector<double> tanh_for(Vector<double> x) {
+  return tanh(x);
 }
 
 }  // namespace prefixattn::PREFIXATTN_ISA

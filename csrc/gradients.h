@@ -173,8 +173,8 @@ class Backward {
              a.value_dim, dout_, vectors(), packed_);
     Sum scale = Sum(a.scale);
     if (!variant.plain()) {
-      variant.score(weights_, capped() ? slopes_ : nullptr, block_.lanes, block_.count, first,
-                    keys);
+      variant.template score<T>(weights_, capped() ? slopes_ : nullptr, block_.lanes, block_.count,
+                                first, keys);
       scale = 1;
     }
     if (variant.dropped()) variant.drop(gradients_, block_.lanes, block_.count, first, keys);
@@ -187,7 +187,7 @@ class Backward {
         const int64_t at = key * kBlock + lane;
         Vector<Sum> scores = load(weights_ + at) * scale;
         if (limits) scores = hide(scores, *limits, lane, key);
-        const Vector<Sum> weights = exp((scores - lse) - rest);
+        const Vector<Sum> weights = exp_for<T, 0>((scores - lse) - rest);
         store(weights_ + at, weights);
         store(gradients_ + at, weights * (load(gradients_ + at) - delta));
       }

@@ -146,10 +146,10 @@ class Forward {
           : by_lanes_.score(block_, key, source.key_stride, keys, tile_);
     Sum scale = Sum(arguments_.scale);
     if (!variant.plain()) {
-      variant.score<Sum>(tile_, nullptr, block_.lanes, block_.count, first, keys);
+      variant.score<T>(tile_, static_cast<Sum*>(nullptr), block_.lanes, block_.count, first, keys);
       scale = 1;
     }
-    state_.absorb(tile_, keys, block_.vectors(), scale, limits, factors);
+    state_.template absorb<T>(tile_, keys, block_.vectors(), scale, limits, factors);
     if (variant.dropped()) variant.drop(tile_, block_.lanes, block_.count, first, keys);
     few() ? by_rows_.add(block_, value, source.value_stride, keys, tile_, factors)
           : by_lanes_.add(block_, value, source.value_stride, keys, tile_, factors);

@@ -39,7 +39,8 @@ struct SoftmaxState {
 
   // Takes in a tile of products [keys][kBlock] and leaves weights, exp(scale * product - peak)
   // times kOne, in their place. `factors` is what sums of earlier weights have to be multiplied by.
-  // With `limits` null the whole tile is seen.
+  // With `limits` null the whole tile is seen. T is what the weights will be rounded to.
+  template <class T>
   void absorb(Sum* tile, int64_t keys, int64_t vectors, Sum scale, const Limits<Sum>* limits,
               Sum* factors) {
     for (int64_t lane = 0; lane < vectors * kLanes<Sum>; lane += kLanes<Sum>) {
@@ -59,7 +60,7 @@ struct SoftmaxState {
       Vector<Sum> sum{};  // the tile's own, before it meets what may be a large number
       for (int64_t key = 0; key < keys; ++key) {
         Sum* at = tile + key * kBlock + lane;
-        const Vector<Sum> weights = scaled_exp<kHeadroom>(load(at) * pending - level);
+        const Vector<Sum> weights = exp_for<T, kHeadroom>(load(at) * pending - level);
         sum += weights;
         store(at, weights);
       }

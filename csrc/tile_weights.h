@@ -22,16 +22,6 @@ constexpr float kMostOfChunk = 0x1p-10f;
 // Levels are raised where a score passes them by more: 2^8 times 64 keys are the limit.
 constexpr float kSlack = 8;
 
-// 2^x; under 3.4e-6 of it; exactly 1 and 2 at 0 and 1. x = n + r with a whole n below it; the
-// polynomial in r is a minimax fit of degree 4 with both ends fixed. `vreduceps` takes n away
-// without a limit to x, and `vscalefps` multiplies by 2^n, to 0 and infinity where that is so.
-inline Vector<float> exp2(Vector<float> x) {
-  const Vector<float> r = (Vector<float>)_mm512_reduce_ps((__m512)x, 9);
-  const Vector<float> series =
-      polynomial(r, 0x1.bc3424p-7f, 0x1.aa3f0ep-5f, 0x1.ee587ep-3f, 0x1.62d51ep-1f, 1.0f);
-  return (Vector<float>)_mm512_scalef_ps((__m512)series, (__m512)x);
-}
-
 // The running softmax of a strip. What a lane sees of the chunk at hand are the keys from `first`
 // to `last`, counted from where `Weights` is told.
 struct StripSoftmax {

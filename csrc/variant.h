@@ -48,16 +48,16 @@ struct Variant {
 
   // Makes scores of the products of `keys` slots from `first` on. With a soft cap, `slopes` (unless
   // null) becomes the derivative of the score by the scaled product.
-  template <class Sum>
+  template <class T, class Sum>
   void score(Sum* tile, Sum* slopes, const Lane* lanes, int64_t count, int64_t first,
              int64_t keys) const {
-    const Sum scale = Sum(arguments.scale), cap = Sum(arguments.softcap);
+    const Sum scale = Sum(arguments.scale), cap = Sum(arguments.softcap), inverse = 1 / cap;
     for (int64_t key = 0; key < keys; ++key)
       for (int64_t lane = 0; lane < count; lane += kLanes<Sum>) {
         const int64_t at = key * kBlock + lane;
         Vector<Sum> scores = load(tile + at) * scale;
         if (capped()) {
-          const Vector<Sum> bent = tanh(scores / cap);
+          const Vector<Sum> bent = tanh_for<T>(sizeof(T) == 2 ? scores * inverse : scores / cap);
           scores = bent * cap;
           if (slopes) store(slopes + at, Sum(1) - bent * bent);
         }

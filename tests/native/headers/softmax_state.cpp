@@ -61,7 +61,8 @@ void check_absorb(const Tile<Sum>& tile, int64_t pieces, Sum scale) {
     std::vector<Sum> weights(tile.scores.begin() + from * kBlock,
                              tile.scores.begin() + to * kBlock);
     const Limits<Sum> limits = tile.limits(from, to);
-    state.absorb(weights.data(), to - from, kBlock / kLanes<Sum>, scale, &limits, factors);
+    state.template absorb<Sum>(weights.data(), to - from, kBlock / kLanes<Sum>, scale, &limits,
+                               factors);
     for (int lane = 0; lane < kBlock; ++lane) {
       sums[size_t(lane)] *= double(factors[lane]);
       for (int64_t key = 0; key < to - from; ++key) {
@@ -91,7 +92,7 @@ void check_whole(const Tile<Sum>& tile) {
   SoftmaxState<Sum> state;
   state.begin();
   std::vector<Sum> weights = tile.scores;
-  state.absorb(weights.data(), kKeys, 1, Sum(0.5), nullptr, factors);
+  state.template absorb<Sum>(weights.data(), kKeys, 1, Sum(0.5), nullptr, factors);
   for (int lane = 0; lane < kBlock; ++lane) {
     double total = 0;
     for (int64_t key = 0; key < kKeys; ++key) total += std::exp(0.5 * tile.at(key, lane));
@@ -140,7 +141,7 @@ void check_rest() {
   std::vector<Sum> tile(size_t(kKeys * kBlock), lowest);
   for (int lane = 0; lane < kBlock; lane += 2)
     for (int64_t key = 0; key < kKeys; ++key) tile[size_t(key * kBlock + lane)] = Sum(0.25);
-  state.absorb(tile.data(), kKeys, kBlock / kLanes<Sum>, Sum(1), nullptr, factors);
+  state.template absorb<Sum>(tile.data(), kKeys, kBlock / kLanes<Sum>, Sum(1), nullptr, factors);
   for (int lane = 0; lane < kBlock; ++lane) {
     const bool hidden = lane % 2;
     CHECK(hidden ? state.log_sum(lane) == lowest

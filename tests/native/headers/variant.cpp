@@ -29,7 +29,7 @@ struct Scene {
   }
   std::vector<Sum> scored(const Variant& variant, Sum* slopes = nullptr) {
     std::vector<Sum> scores = tile;
-    variant.score(scores.data(), slopes, lanes, count, kFirst, kKeys);
+    variant.template score<Sum>(scores.data(), slopes, lanes, count, kFirst, kKeys);
     return scores;
   }
   // Compares scores with what `wanted(product * scale, lane, slot)` makes of the products.
