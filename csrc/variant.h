@@ -52,12 +52,14 @@ struct Variant {
   void score(Sum* tile, Sum* slopes, const Lane* lanes, int64_t count, int64_t first,
              int64_t keys) const {
     const Sum scale = Sum(arguments.scale), cap = Sum(arguments.softcap), inverse = 1 / cap;
+    // A product is quicker than a quotient, and exact enough for 16 bits where the inverse is.
+    const bool multiplies = sizeof(T) == 2 && std::isnormal(inverse);
     for (int64_t key = 0; key < keys; ++key)
       for (int64_t lane = 0; lane < count; lane += kLanes<Sum>) {
         const int64_t at = key * kBlock + lane;
         Vector<Sum> scores = load(tile + at) * scale;
         if (capped()) {
-          const Vector<Sum> bent = tanh_for<T>(sizeof(T) == 2 ? scores * inverse : scores / cap);
+          const Vector<Sum> bent = tanh_for<T>(multiplies ? scores * inverse : scores / cap);
           scores = bent * cap;
           if (slopes) store(slopes + at, Sum(1) - bent * bent);
         }
