@@ -122,7 +122,7 @@ test-arm: $(STAMP)
 	    echo "make test-arm needs $$tool; on Debian and Ubuntu:" \
 	         "apt install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
 	@CXX=aarch64-linux-gnu-g++ $(BIN)/pytest -n $(WORKERS) tests/native/test_headers.py \
-	    -k program_of --native-runner='qemu-aarch64 -L /usr/aarch64-linux-gnu' $(ARGS)
+	    -k program_of --native-runner='qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu' $(ARGS)
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp tests/native/headers/*)
 lint: $(STAMP)

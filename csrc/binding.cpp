@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -68,6 +69,19 @@ bool may_use_tiles() {
 }
 #endif
 
+#if defined(__aarch64__)
+// Every processor of this kind has NEON, which "plain" is compiled to; these are the instructions
+// for products and conversions of bfloat16.
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBfloat16Products = 1ul << 14;  // HWCAP2_BF16: older headers lack it
+  return (getauxval(AT_HWCAP2) & kBfloat16Products) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first. The build says which of them it compiled.
 const InstructionSet kSets[] = {
 #if defined(PREFIXATTN_HAS_AMX)
@@ -87,6 +101,9 @@ const InstructionSet kSets[] = {
 #endif
 #if defined(PREFIXATTN_HAS_AVX2)
     {"avx2", &avx2::kKernels, has_avx2, always},
+#endif
+#if defined(PREFIXATTN_HAS_NEON_BF16)
+    {"neon_bf16", &neon_bf16::kKernels, has_neon_bf16, always},
 #endif
     {"plain", &plain::kKernels, always, always},
 };

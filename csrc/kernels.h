@@ -30,5 +30,8 @@ extern const Kernels kKernels;
 namespace amx_emulated {
 extern const Kernels kKernels;
 }
+namespace neon_bf16 {
+extern const Kernels kKernels;
+}
 
 }  // namespace prefixattn

@@ -166,17 +166,13 @@ const Unit* over_keys(Unit* to, const Sum* tile, [[maybe_unused]] int64_t keys,
   if constexpr (std::is_same_v<Unit, Sum>) {
     return tile;
   } else {
-#if defined(__AVX512BF16__)
-    uint16_t places[32];
-    for (int i = 0; i < 32; ++i) places[i] = uint16_t(i / 2 + i % 2 * 16);
-    const __m512i in_turn = _mm512_loadu_si512(places);
+#if defined(PREFIXATTN_PAIRS)
     for (int64_t key = 0; key < depth_of<Unit>(keys) * 2; key += 2)
       for (int64_t lane = 0; lane < vectors * kLanes<Sum>; lane += kLanes<Sum>) {
         const Sum* at = tile + key * kBlock + lane;
-        const __m512 low = key < keys ? (__m512)load(at) : _mm512_setzero_ps();
-        const __m512 high = key + 1 < keys ? (__m512)load(at + kBlock) : _mm512_setzero_ps();
-        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-        _mm512_storeu_si512(to + key / 2 * kBlock + lane, _mm512_permutexvar_epi16(in_turn, both));
+        const Vector<float> low = key < keys ? load(at) : Vector<float>{};
+        const Vector<float> high = key + 1 < keys ? load(at + kBlock) : Vector<float>{};
+        store(reinterpret_cast<uint32_t*>(to + key / 2 * kBlock + lane), pairs_across(low, high));
       }
 #endif
     return to;
@@ -189,10 +185,11 @@ Left<Unit> over_queries(Unit* to, const Sum* tile, [[maybe_unused]] int64_t keys
   if constexpr (std::is_same_v<Unit, Sum>) {
     return {tile, kBlock, 1};
   } else {
-#if defined(__AVX512BF16__)
-    for (int64_t i = 0; i < keys * kBlock; i += 32)
-      _mm512_storeu_si512(to + i / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(tile + i + 16),
-                                                                   (__m512)load(tile + i)));
+#if defined(PREFIXATTN_PAIRS)
+    constexpr int lanes = kLanes<Sum>;
+    for (int64_t i = 0; i < keys * kBlock; i += 2 * lanes)
+      store(reinterpret_cast<uint32_t*>(to + i / 2),
+            pairs_along(load(tile + i), load(tile + i + lanes)));
 #endif
     return {to, kBlock / 2, 1};
   }

@@ -7,6 +7,11 @@
 
 #include "tuning.h"
 
+// Whether the instruction set multiplies pairs of bfloat16.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define PREFIXATTN_PAIRS
+#endif
+
 namespace prefixattn::PREFIXATTN_ISA {
 
 // One step along the dimension that a product sums over: a number, or two bfloat16 whose products
@@ -26,7 +31,7 @@ struct Arithmetic<double> {
   using Unit = double;
   using Sum = double;
 };
-#if defined(__AVX512BF16__)
+#if defined(PREFIXATTN_PAIRS)
 template <>
 struct Arithmetic<Bfloat16> {
   using Unit = Pair;
@@ -66,16 +71,61 @@ constexpr int64_t depth_of(int64_t numbers) {
   return (units<Unit>(numbers) + kStep<Unit> - 1) / kStep<Unit> * kStep<Unit>;
 }
 
+#if defined(PREFIXATTN_PAIRS)
+inline Vector<uint32_t> load(const Pair* from) {
+  return load(reinterpret_cast<const uint32_t*>(from));
+}
+
+// sum + a * b: both products of a pair are added to one float. The instructions take subnormal
+// numbers as 0. ARM's rounds each of its steps to odd, which errs by up to a unit in a float's last
+// place, and bfloat16 itself by 2^15 of them.
+inline Vector<float> fused(Vector<uint32_t> a, Vector<uint32_t> b, Vector<float> sum) {
+#if defined(__AVX512BF16__)
+  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);
+#else
+  return (Vector<float>)vbfdotq_f32((float32x4_t)sum, bits_as<bfloat16x8_t>(b),
+                                    bits_as<bfloat16x8_t>(a));
+#endif
+}
+
+#if defined(__AVX512BF16__)
+constexpr uint16_t kInTurn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#endif
+
+// Pairs of the numbers in the same lane of two vectors, rounded to nearest.
+inline Vector<uint32_t> pairs_across(Vector<float> low, Vector<float> high) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (Vector<uint32_t>)_mm512_permutexvar_epi16(_mm512_loadu_si512(kInTurn), both);
+#else
+  const auto rounded = [](Vector<float> x) {
+    return bits_as<uint16x8_t>(vcvtq_low_bf16_f32((float32x4_t)x));
+  };
+  return bits_as<Vector<uint32_t> >(vzip1q_u16(rounded(low), rounded(high)));
+#endif
+}
+
+// Pairs of the numbers in lanes next to each other, rounded to nearest.
+inline Vector<uint32_t> pairs_along(Vector<float> first, Vector<float> second) {
+#if defined(__AVX512BF16__)
+  return (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+  return bits_as<Vector<uint32_t> >(
+      vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second));
+#endif
+}
+#endif
+
 inline Vector<float> multiply_add(Vector<float> sum, const float* a, const float* b) {
   return fused(broadcast(*a), load(b), sum);
 }
 inline Vector<double> multiply_add(Vector<double> sum, const double* a, const double* b) {
   return fused(broadcast(*a), load(b), sum);
 }
-#if defined(__AVX512BF16__)
+#if defined(PREFIXATTN_PAIRS)
 inline Vector<float> multiply_add(Vector<float> sum, const Pair* a, const Pair* b) {
-  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(b),
-                                         (__m512bh)_mm512_set1_epi32(int(a->bits)));
+  return fused(broadcast(a->bits), load(b), sum);
 }
 #endif
 
@@ -86,10 +136,9 @@ inline Vector<float> multiply_lanes(Vector<float> sum, const float* a, const flo
 inline Vector<double> multiply_lanes(Vector<double> sum, const double* a, const double* b) {
   return fused(load(a), load(b), sum);
 }
-#if defined(__AVX512BF16__)
+#if defined(PREFIXATTN_PAIRS)
 inline Vector<float> multiply_lanes(Vector<float> sum, const Pair* a, const Pair* b) {
-  return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(b),
-                                         (__m512bh)_mm512_loadu_si512(a));
+  return fused(load(a), load(b), sum);
 }
 #endif
 

@@ -175,6 +175,10 @@ inline Vector<float> widen_vector(const Float16* from) {
   return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(__F16C__)
   return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__aarch64__)
+  float16x4_t halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Vector<float>)vcvt_f32_f16(halves);
 #else
   Vector<float> wide;
   for (int lane = 0; lane < kLanes<float>; ++lane) wide[lane] = widen(from[lane]);
@@ -198,6 +202,9 @@ inline void narrow_vector(Float16* to, Vector<float> vector) {
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)vector, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)vector, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t halves = vcvt_f16_f32((float32x4_t)vector);
+  std::memcpy(to, &halves, sizeof halves);
 #else
   for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = narrow<Float16>(vector[lane]);
 #endif

@@ -27,7 +27,11 @@ constexpr int kKeysOfGroup = 512;
 #endif
 
 // The block of a product that stays in registers: as many as there are, less some for operands.
+#if defined(__aarch64__)
+constexpr int kPanelRows = 5;  // at 6 GCC 12 keeps some sums in memory
+#else
 constexpr int kPanelRows = 6;
+#endif
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kPanelVectors = 4;
 #else

@@ -42,6 +42,8 @@ SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512bf16": AVX512BF16,
         "amx": (*AVX512BF16, "-mamx-tile", "-mamx-bf16"),
     },
+    # NEON is in "plain" already; here it is with products of bfloat16.
+    "aarch64": {"neon_bf16": ("-march=armv8.2-a+bf16",)},
 }
 # Sets for tests, which are built when they are named: AMX's tiles in C++, for other processors.
 FOR_TESTS: dict[str, dict[str, tuple[str, ...]]] = {

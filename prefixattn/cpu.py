@@ -319,7 +319,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def instructions() -> str:
-    """The instruction set in use: plain, avx2, avx512, avx512bf16 or amx."""
+    """The instruction set in use: plain, avx2, avx512, avx512bf16, amx or neon_bf16."""
     found: bytes = library().prefixattn_instructions()
     return found.decode()
 

@@ -4,7 +4,8 @@ import pytest
 
 from prefixattn import cpu
 
-SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx")  # each better than those before it
+# Each better than those before it, of one kind of processor.
+SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "neon_bf16")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,12 @@ from prefixattn import build, compiler, philox
 PROGRAMS = Path(__file__).with_name("headers")
 SOURCES = [*compiler.SOURCES.glob("*.h"), *compiler.SOURCES.glob("*.cpp")]
 HEADERS = sorted(path.stem for path in SOURCES if path.suffix == ".h")
-SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated")
+SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated", "neon_bf16")
 # The set whose processors a set for tests runs on.
 NEEDS = {"amx_emulated": "avx512bf16"}
 WHOLE = "kernels"  # its program loads the whole library
+# What is chosen on a processor, by the emulator's name for it.
+CHOICES = {"max": "neon_bf16", "cortex-a72": "plain"}
 WITHOUT_VECTORS = {"arguments", "parallel", "rows", "schedule", WHOLE}
 SLOW = set("backward block by_lanes by_rows forward gradients prefix_attention variant".split())
 # GCC 12 finds fault with intrinsics of its own (in _mm256_undefined_si256 and its like).
@@ -95,6 +97,33 @@ def library(
     return compiler.build(tmp_path_factory.mktemp("library"), found, extra=flags)
 
 
+@pytest.fixture(scope="session")
+def runnable(
+    found: compiler.Compiler, pytestconfig: pytest.Config, request: pytest.FixtureRequest
+) -> list[str]:
+    """The sets that run where the programs do, the best one last."""
+    if found.machine == platform.machine():
+        available: list[str] = request.getfixturevalue("available")
+        return available
+    names = request.getfixturevalue("names_of_sets")
+    return list(names(pytestconfig.getoption("native_runner").split()))
+
+
+@pytest.fixture(scope="session")
+def names_of_sets(
+    compile_to: Compile, shared: list[Path], library: Path
+) -> Callable[[Sequence[str]], dict[str, bool]]:
+    """A function from what runs a program to the sets that run there, and whether one is chosen."""
+    define = "-DPREFIXATTN_ISA=plain"
+    program = compile_to("names", "plain", define, "-O1", PROGRAMS / f"{WHOLE}.cpp", *shared)
+
+    def names(runner: Sequence[str]) -> dict[str, bool]:
+        lines = run(*runner, program, library, "names").splitlines()
+        return {line.removesuffix(", chosen"): line.endswith(", chosen") for line in lines}
+
+    return names
+
+
 def programs() -> list[object]:
     return [
         pytest.param(header, instructions, id=f"{header}-{instructions}")
@@ -128,11 +157,24 @@ def skip_unless_compiled_here(
     found = request.getfixturevalue("found")
     if instructions not in found.all_flags():
         pytest.skip(f"{instructions}: no instruction set of {found.machine}")
-    available = request.getfixturevalue("available")
-    if NEEDS.get(instructions, instructions) not in available:
+    runnable = request.getfixturevalue("runnable")
+    if NEEDS.get(instructions, instructions) not in runnable:
         pytest.skip(f"{instructions}: this processor lacks it")
-    if header in SLOW and instructions != available[-1]:
-        pytest.skip(f"{instructions}: takes seconds to compile; {available[-1]} has to do")
+    if header in SLOW and instructions != runnable[-1]:
+        pytest.skip(f"{instructions}: takes seconds to compile; {runnable[-1]} has to do")
+
+
+@pytest.mark.parametrize(("processor", "chosen"), CHOICES.items(), ids=CHOICES.keys())
+def test_the_program_of_kernels_finds_the_best_set_of_a_processor(
+    processor: str, chosen: str, request: pytest.FixtureRequest
+) -> None:
+    """Both processors run one library, as it is installed."""
+    runner = request.config.getoption("native_runner").split()
+    if not any("qemu-aarch64" in word for word in runner):
+        pytest.skip("needs an emulator that is told its processor: make test-arm")
+    names = request.getfixturevalue("names_of_sets")([*runner, "-cpu", processor])
+    assert [name for name, taken in names.items() if taken] == [chosen]
+    assert list(names) == list(dict.fromkeys(["plain", chosen]))
 
 
 def test_every_header_has_a_program_that_includes_it_first() -> None:
@@ -143,12 +185,12 @@ def test_every_header_has_a_program_that_includes_it_first() -> None:
 
 
 def test_the_sources_include_nothing_of_torch_or_python() -> None:
-    """Only each other and the system's headers, which lie in no folder."""
+    """Only each other and the system's headers, which lie in no folder but sys/."""
     names = {path.name for path in SOURCES}
     for path in SOURCES:
         text = path.read_text()
         assert {*re.findall(r'#include "(.+)"', text)} <= names
-        system = set(re.findall(r"#include <(.+)>", text))
+        system = set(re.findall(r"#include <(?:sys/)?(.+)>", text))
         assert not {name for name in system if "/" in name or name.lower() == "python.h"}
 
 

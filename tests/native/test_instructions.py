@@ -18,7 +18,7 @@ from prefixattn.testing import (
 )
 
 Use = Callable[[str], None]
-SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated")
+SETS = ("plain", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated", "neon_bf16")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Sizes beside whole vectors and tiles; queries few and many; every way through a tile.

@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, str | None, int]] = {
     "cpu-avx512bf16": ("cpu", "avx512bf16", 4000),
     "cpu-amx": ("cpu", "amx", 4000),
     "cpu-amx_emulated": ("cpu", "amx_emulated", 4000),
+    "cpu-neon_bf16": ("cpu", "neon_bf16", 4000),
     "triton": ("triton", None, 300),
 }
 WITHOUT_GRADIENT = {"triton": ("attn_mask", "prefix_bias")}

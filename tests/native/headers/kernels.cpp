@@ -1,5 +1,6 @@
 // The whole library as another program would use it: each instruction set that runs here, in all
-// four dtypes, by several callers at once. Its path is the argument.
+// four dtypes, by several callers at once. Its path is the argument; with a second one, "names", it
+// only says which sets those are.
 #include "kernels.h"
 
 #include <dlfcn.h>
@@ -12,6 +13,11 @@
 using namespace check;
 
 namespace {
+
+// Each better than those before it, of one kind of processor.
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "avx512bf16", "amx", "neon_bf16"};
+// Intel's processors have it, and are faster without.
+constexpr const char* kNotAlwaysTaken = "avx512bf16";
 
 struct Library {
   int (*forward)(const Arguments*);
@@ -72,10 +78,30 @@ void check_types(const Library& library) {
   check_type<Bfloat16>(library);
 }
 
+// The sets that run here, of which the library must have chosen the best one.
+std::vector<const char*> sets(const Library& library) {
+  const char* const chosen = library.instructions();
+  bool better = false, found = false;  // than the chosen one, which was found
+  std::vector<const char*> running;
+  for (const char* name : kNames) {
+    const char* const before = library.instructions();
+    const bool runs = library.use_instructions(name) == 0;
+    CHECK(std::strcmp(library.instructions(), runs ? name : before) == 0);
+    if (runs) running.push_back(name);
+    CHECK(!(runs && better) || std::strcmp(name, kNotAlwaysTaken) == 0);
+    if (std::strcmp(name, chosen) == 0) CHECK(runs), better = found = true;
+  }
+  CHECK(found && std::strcmp(running[0], "plain") == 0);
+  CHECK(library.use_instructions("none such") == 2);
+  for (const char* name : running)
+    std::printf("%s%s\n", name, std::strcmp(name, chosen) ? "" : ", chosen");
+  return running;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  void* handle = dlopen(count == 2 ? arguments[1] : "", RTLD_NOW);
+  void* handle = dlopen(count >= 2 ? arguments[1] : "", RTLD_NOW);
   if (!CHECK(handle)) return std::printf("%s\n", dlerror()), 1;
   Library library;
   find(handle, "prefixattn_forward", library.forward);
@@ -85,21 +111,15 @@ int main(int count, char** arguments) {
   find(handle, "prefixattn_use_instructions", library.use_instructions);
   CHECK(library.arguments_size() == int(sizeof(Arguments)));
 
-  const char* chosen = library.instructions();
-  bool better = true;  // than what was chosen, and so not to be had here
-  for (const char* name : {"avx512bf16", "avx512", "avx2", "plain"}) {
-    better = better && std::strcmp(name, chosen) != 0;
-    const int status = library.use_instructions(name);
-    CHECK(better ? status != 0 : status == 0);
-    if (status != 0) continue;
-    CHECK(std::strcmp(library.instructions(), name) == 0);
-    std::printf("%s%s\n", name, std::strcmp(name, chosen) ? "" : ", chosen");
+  const std::vector<const char*> running = sets(library);
+  if (count == 3 && std::strcmp(arguments[2], "names") == 0) return finish();
+  for (const char* name : running) {
+    CHECK(library.use_instructions(name) == 0);
     check_types(library);
     std::vector<std::thread> callers;
     for (int i = 0; i < 3; ++i)
       callers.emplace_back([&] { check_call<float>(library, {.queries = 70}, 2, false); });
     for (std::thread& caller : callers) caller.join();
   }
-  CHECK(library.use_instructions("none such") == 2);
   return finish();
 }

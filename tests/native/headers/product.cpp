@@ -94,7 +94,7 @@ int main() {
   static_assert(units<float>(5) == 5 && units<Pair>(5) == 3 && units<Pair>(0) == 0);
   check_type<float, float>();
   check_type<double, double>();
-#if defined(__AVX512BF16__)
+#if defined(PREFIXATTN_PAIRS)
   check_type<float, Pair>();
 #endif
   return check::finish();
