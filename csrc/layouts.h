@@ -64,6 +64,60 @@ void pack_columns(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t rows
   }
 }
 
+#if defined(__AVX512F__)
+// The transposed square of 16 rows of 16 integers. A load puts four of them where they belong in a
+// vector, from each of four rows: half of the work is done by loads, which take turns with
+// shuffles.
+__attribute__((always_inline)) inline void load_transposed(const uint32_t* const (&rows)[16],
+                                                           Vector<uint32_t> (&square)[16]) {
+#pragma GCC unroll 4
+  for (int column = 0; column < 16; column += 4) {
+    __m512i parts[4];  // of row i, i + 4, i + 8 and i + 12
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto four = [&](int row) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + column));
+      };
+      parts[i] = _mm512_castsi128_si512(four(i));
+      parts[i] = _mm512_mask_broadcast_i32x4(parts[i], 0x00f0, four(i + 4));
+      parts[i] = _mm512_mask_broadcast_i32x4(parts[i], 0x0f00, four(i + 8));
+      parts[i] = _mm512_mask_broadcast_i32x4(parts[i], 0xf000, four(i + 12));
+    }
+    const __m512i low01 = _mm512_unpacklo_epi32(parts[0], parts[1]);
+    const __m512i high01 = _mm512_unpackhi_epi32(parts[0], parts[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(parts[2], parts[3]);
+    const __m512i high23 = _mm512_unpackhi_epi32(parts[2], parts[3]);
+    square[column] = (Vector<uint32_t>)_mm512_unpacklo_epi64(low01, low23);
+    square[column + 1] = (Vector<uint32_t>)_mm512_unpackhi_epi64(low01, low23);
+    square[column + 2] = (Vector<uint32_t>)_mm512_unpacklo_epi64(high01, high23);
+    square[column + 3] = (Vector<uint32_t>)_mm512_unpackhi_epi64(high01, high23);
+  }
+}
+#endif
+
+// A square of units, transposed: number `unit` on of the rows `row_at(lane)` to `row_at(count -
+// 1)`, zeros beyond both.
+template <class Unit, class RowAt>
+__attribute__((always_inline)) inline void load_square(Vector<Bits<Unit>> (&square)[kLanes<Unit>],
+                                                       const RowAt& row_at, int64_t lane,
+                                                       int64_t count, int64_t unit, int64_t width) {
+  constexpr int lanes = kLanes<Unit>;
+#if defined(__AVX512F__)
+  using T = std::remove_const_t<std::remove_pointer_t<decltype(row_at(0))>>;
+  if constexpr (kPerUnit<Unit> * sizeof(T) == 4)
+    if (lane + lanes <= count && (unit + lanes) * kPerUnit<Unit> <= width) {
+      const uint32_t* rows[lanes];
+      for (int i = 0; i < lanes; ++i)
+        rows[i] = reinterpret_cast<const uint32_t*>(row_at(lane + i) + unit * kPerUnit<Unit>);
+      return load_transposed(rows, square);
+    }
+#endif
+  for (int i = 0; i < lanes; ++i)
+    square[i] = lane + i < count ? load_units<Unit>(row_at(lane + i), unit * kPerUnit<Unit>, width)
+                                 : Vector<Bits<Unit>>{};
+  transpose<Bits<Unit>>(square);
+}
+
 // to [depth_of(width)][to_stride]: each of the rows `row_at(0)`, ... becomes a lane; lanes past
 // `count` are zero up to `kWholeLanes`.
 template <class Unit, class RowAt>
@@ -74,11 +128,7 @@ void pack_lanes(Unit* to, int64_t to_stride, const RowAt& row_at, int64_t count,
   for (int64_t lane = 0; lane < round_up(count, whole); lane += lanes)
     for (int64_t unit = 0; unit < depth; unit += lanes) {
       Vector<Bits<Unit>> square[lanes];
-      for (int i = 0; i < lanes; ++i)
-        square[i] = lane + i < count
-                        ? load_units<Unit>(row_at(lane + i), unit * kPerUnit<Unit>, width)
-                        : Vector<Bits<Unit>>{};
-      transpose<Bits<Unit>>(square);
+      load_square<Unit>(square, row_at, lane, count, unit, width);
       for (int i = 0; i < lanes && unit + i < depth; ++i)
         store(reinterpret_cast<Bits<Unit>*>(to + (unit + i) * to_stride + lane), square[i]);
     }

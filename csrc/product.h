@@ -102,7 +102,7 @@ inline Vector<uint32_t> pairs_across(Vector<float> low, Vector<float> high) {
   const auto rounded = [](Vector<float> x) {
     return bits_as<uint16x8_t>(vcvtq_low_bf16_f32((float32x4_t)x));
   };
-  return bits_as<Vector<uint32_t> >(vzip1q_u16(rounded(low), rounded(high)));
+  return bits_as<Vector<uint32_t>>(vzip1q_u16(rounded(low), rounded(high)));
 #endif
 }
 
@@ -111,9 +111,22 @@ inline Vector<uint32_t> pairs_along(Vector<float> first, Vector<float> second) {
 #if defined(__AVX512BF16__)
   return (Vector<uint32_t>)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 #else
-  return bits_as<Vector<uint32_t> >(
+  return bits_as<Vector<uint32_t>>(
       vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)first), (float32x4_t)second));
 #endif
+}
+#endif
+
+// The same with a row of B in a vector already, as the bits of its units.
+inline Vector<float> multiply_add(Vector<float> sum, const float* a, Vector<uint32_t> b) {
+  return fused(broadcast(*a), bits_as<Vector<float>>(b), sum);
+}
+inline Vector<double> multiply_add(Vector<double> sum, const double* a, Vector<uint64_t> b) {
+  return fused(broadcast(*a), bits_as<Vector<double>>(b), sum);
+}
+#if defined(PREFIXATTN_PAIRS)
+inline Vector<float> multiply_add(Vector<float> sum, const Pair* a, Vector<uint32_t> b) {
+  return fused(broadcast(a->bits), b, sum);
 }
 #endif
 
