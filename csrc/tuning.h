@@ -6,8 +6,7 @@
 
 namespace prefixattn::PREFIXATTN_ISA {
 
-// Queries in one block: the lanes of its vectors, and columns of its tiles. Zen 4: 32 and 128 lose
-// 8 and 3 % of a training step at D = 128.
+// Queries in one block: the lanes of its vectors, and columns of its tiles (Zen 4).
 constexpr int kBlock = 64;
 
 // Keys in one tile, whose scores [key][query] stay in the first cache: 24 KiB of the 32 of Zen 4,
