@@ -34,7 +34,7 @@ from prefixattn.bench.shapes import Case, Shape
 VALUES: dict[str, tuple[str, ...]] = {
     "kBlock": ("32", "64", "128"),
     "kTile": ("64", "96", "128", "160"),
-    "kPanelRows": ("4", "6", "8"),
+    "kPanelRows": ("4", "5", "6", "8"),
     "kPanelVectors": ("2", "4"),
     "kFewNumbers": ("4", "8", "12", "16", "24"),
     "kFewPairs": ("3", "5", "7", "9", "12"),
