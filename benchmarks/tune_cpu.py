@@ -43,7 +43,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "kWorthThreads": ("2e5", "1e6", "5e6"),
     "kTasksEach": ("1", "2", "4"),
 }
-TRAINING, FORWARD = "fwd+bwd", "fwd"
+TRAINING = "fwd+bwd"
 CASES = (
     Case("prefill", Shape("SmolLM2-135M", B=4, M=256, P=256)),
     Case("prefill", Shape("Qwen3-0.6B", B=1, M=512, P=128)),

@@ -104,7 +104,7 @@ class ByTiles {
   bool begin(const Row& row, int64_t key_head, int64_t first, int64_t strips) {
     const int64_t group = arguments_.heads / arguments_.key_heads;
     const Interval numbers = overlap({first, first + strips * kStrip}, {0, row.queries * group});
-    row_ = row, key_head_ = key_head, used_ = 0, since_fold_ = 0, folded_ = false;
+    row_ = row, used_ = 0, since_fold_ = 0, folded_ = false;
     int64_t head = numbers.first % group, query = numbers.first / group;
     for (int64_t number = numbers.first; number < numbers.last; number += kStrip) {
       Strip& strip = strips_[used_];
@@ -459,7 +459,7 @@ class ByTiles {
   bool ready_;
 
   Row row_;
-  int64_t key_head_ = 0, used_ = 0, since_fold_ = 0;
+  int64_t used_ = 0, since_fold_ = 0;
   bool folded_ = false;
   Strip* strips_;
   Pair *queries_, *keys_, *values_;  // of all strips; of a group: [key][16 steps_], and by steps of

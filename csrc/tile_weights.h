@@ -59,8 +59,7 @@ struct StripSoftmax {
       }
       const Vector<float> old = load(level + lane);
       const Vector<float> rise = top - old;  // infinite, or NaN, where nothing was seen
-      const auto fresh = old == -INFINITY,
-                 raised = raising ? (rise > kSlack) & ~fresh : fresh ^ fresh;
+      const auto fresh = old == -INFINITY, raised = (rise > kSlack) & ~fresh & (raising ? -1 : 0);
       const Vector<float> whole = (Vector<float>)_mm512_roundscale_ps((__m512)rise, 10);
       const Vector<float> next = fresh ? top : raised ? old + whole : old;
       const Vector<float> factors = raised ? exp2(-whole) : broadcast(1.0f);

@@ -115,7 +115,7 @@ template <int sum, int left, int right>
 inline void tile_multiply() {
   static_assert(kLanes<float> == kTileRows);
   const auto half = [](Vector<uint32_t> pairs, int number) {
-    return normal(bits_as<Vector<float> >(number ? pairs & 0xffff0000u : pairs << 16));
+    return normal(bits_as<Vector<float>>(number ? pairs & 0xffff0000u : pairs << 16));
   };
   auto& tiles = configured().tiles;
   const auto vector = [&](int tile, int row) {
@@ -128,7 +128,7 @@ inline void tile_multiply() {
       for (int number = 0; number < 2; ++number)
         sums[number] = fused(half(broadcast(a[pair]), number), half(vector(right, pair), number),
                              sums[number]);
-    const Vector<float> before = bits_as<Vector<float> >(vector(sum, row));
+    const Vector<float> before = bits_as<Vector<float>>(vector(sum, row));
     store(reinterpret_cast<float*>(tiles[sum][row]), normal(before + (sums[0] + sums[1])));
   }
 }

@@ -1,4 +1,4 @@
-"""Models that torch.compile has wrapped, whole or in pieces, run as they were written."""
+"""What torch.compile has to be told: models that run as they were written, code of their own."""
 
 import sys
 import threading

@@ -1,6 +1,7 @@
 """The C++ kernels by tiles: AMX's where there are any, and emulated ones everywhere."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,14 +57,18 @@ CASES = (
 )
 
 
+def assert_meets_the_reference(inputs: dict[str, Any]) -> None:
+    with poisoned_memory():
+        got = evaluate(inputs, run_implementation("cpu"))
+    assert_within_budget(got, inputs)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("instructions", SETS)
 def test_cases(instructions: str, case: Case, use_instructions: Use) -> None:
     use_instructions(instructions)
     inputs = make_inputs(case, torch.bfloat16)
-    with poisoned_memory():
-        got = evaluate(inputs, run_implementation("cpu"))
-    assert_within_budget(got, inputs)
+    assert_meets_the_reference(inputs)
 
 
 @pytest.mark.parametrize(("width", "value_width"), WIDTHS)
@@ -72,9 +77,7 @@ def test_widths(instructions: str, width: int, value_width: int, use_instruction
     use_instructions(instructions)
     case = Case("", B=1, H=2, H_kv=1, M=50, N=150, P=45, D=width, D_v=value_width)
     inputs = make_inputs(case, torch.bfloat16)
-    with poisoned_memory():
-        got = evaluate(inputs, run_implementation("cpu"))
-    assert_within_budget(got, inputs)
+    assert_meets_the_reference(inputs)
 
 
 @pytest.mark.parametrize("size", [4.0, 30.0, 1e4, 1e15])
@@ -87,9 +90,7 @@ def test_scores_that_rise(instructions: str, size: float, use_instructions: Use)
     rising = torch.linspace(-1, 1, 500)[None, None, :, None] * size
     for name, part in (("prefix_key", rising[:, :, :100]), ("key", rising[:, :, 100:])):
         inputs[name] = (inputs[name] * 0.05 + part / 32).to(torch.bfloat16)
-    with poisoned_memory():
-        got = evaluate(inputs, run_implementation("cpu"))
-    assert_within_budget(got, inputs)
+    assert_meets_the_reference(inputs)
 
 
 @pytest.mark.parametrize("instructions", SETS)
